@@ -1,0 +1,219 @@
+"""Typed presets: every size and constant of a model has its one home here.
+
+    storybook       the small cartoon model shipped in the package; a laptop CPU runs it
+    storybook-large the same for training on one GPU
+    wan-1.3b        Wan2.1-T2V-1.3B as ShotStream uses it
+    tiny            random weights, for tests
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from shotstream.memory.policies.dual_buffer import DualBuffer
+from shotstream.memory.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the DiT. Defaults: Wan2.1-T2V-1.3B."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    heads: int = 12
+    layers: int = 30
+    text_dim: int = 4096
+    freq_dim: int = 256
+    channels: int = 16
+    patch: int = 2
+    # What the head computes. "x0": the clean latents, turned into a velocity at the door; easier for narrow
+    # networks, whose width is not much larger than a token's noise.
+    prediction: Literal["velocity", "x0"] = "velocity"
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclass(frozen=True)
+class PatchVAEConfig:
+    """Sizes of the storybook autoencoder: a linear patch encoder and a small convolutional decoder."""
+
+    channels: int = 48
+    patch: int = 16
+    widths: tuple[int, ...] = (256, 128, 64)
+    blocks: int = 2
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """Sizes of the Wan 2.1 causal 3-D VAE."""
+
+    base_dim: int = 96
+    latent_channels: int = 16
+
+
+@dataclass(frozen=True)
+class WordsConfig:
+    """The storybook text encoder: word embeddings and one transformer layer."""
+
+    dim: int = 256
+    heads: int = 4
+    length: int = 24
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """The umT5-xxl encoder; the sizes live in its own configuration file."""
+
+    length: int = 512
+    dim: int = 4096
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a model, resolved; written beside every checkpoint and result."""
+
+    name: str
+    height: int
+    width: int
+    fps: int
+    prompt: str  # how a prompt is put together from {global_caption}, {shot} (from 0) and {caption}
+    chunks: int  # per shot, by default
+    dit: DiTConfig
+    vae: PatchVAEConfig | WanVAEConfig
+    text: WordsConfig | UMT5Config
+    schedule: NoiseSchedule = NoiseSchedule(steps=(1000, 740, 500, 260), shift=8.0)
+    policy: DualBuffer = DualBuffer()
+    chunk: int = 3  # latent frames denoised together
+    temporal_stride: int = 4
+    spatial_stride: int = 8
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights when generating
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one latent frame."""
+        return self.dit.channels, self.height // self.spatial_stride, self.width // self.spatial_stride
+
+    def chunk_frames(self, index: int) -> int:
+        """Frames that chunk `index` of a shot decodes to: 9 for the first (its first latent is one frame), then 12."""
+        whole = self.chunk * self.temporal_stride
+        return whole - (self.temporal_stride - 1) if index == 0 else whole
+
+    def shot_frames(self, chunks: int | None = None) -> int:
+        """Frames of a shot of `chunks` chunks (default: the model's)."""
+        return sum(self.chunk_frames(i) for i in range(self.chunks if chunks is None else chunks))
+
+
+_STORYBOOK = Config(
+    name="storybook",
+    height=128,
+    width=192,
+    fps=12,
+    prompt="{global_caption} {caption}",
+    chunks=2,
+    dit=DiTConfig(
+        dim=192, ffn_dim=768, heads=3, layers=6, text_dim=192, channels=48, patch=2, prediction="x0"
+    ),
+    vae=PatchVAEConfig(),
+    text=WordsConfig(dim=192, heads=3),
+    schedule=NoiseSchedule(steps=(1000, 750, 500, 250), shift=3.0),
+    policy=DualBuffer(limit=None, first_shot="empty"),
+    spatial_stride=16,
+    dtype="float32",
+)
+
+PRESETS: dict[str, Config] = {
+    "storybook": _STORYBOOK,
+    "storybook-large": dataclasses.replace(
+        _STORYBOOK,
+        name="storybook-large",
+        dit=dataclasses.replace(_STORYBOOK.dit, dim=384, ffn_dim=1536, heads=6, layers=10, text_dim=384),
+        text=WordsConfig(dim=384, heads=6),
+    ),
+    "wan-1.3b": Config(
+        name="wan-1.3b",
+        height=480,
+        width=832,
+        fps=16,
+        prompt="{global_caption}shot{shot}:{caption}",
+        chunks=7,
+        dit=DiTConfig(),
+        vae=WanVAEConfig(),
+        text=UMT5Config(),
+    ),
+    "tiny": dataclasses.replace(
+        _STORYBOOK,
+        name="tiny",
+        height=64,
+        width=96,
+        dit=DiTConfig(
+            dim=64, ffn_dim=128, heads=2, layers=2, text_dim=32, freq_dim=32, channels=8, prediction="x0"
+        ),
+        vae=PatchVAEConfig(channels=8, widths=(16, 16, 8), blocks=1),
+        text=WordsConfig(dim=32, heads=2),
+    ),
+}
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+    """Build a dataclass from plain values, strictly: an unknown field is an error that names the nearest known one."""
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{where}: unknown field {name!r} in {cls.__name__}; {hint}fields: {', '.join(known)}")
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `dataclasses.asdict` for a `Config` (as stored beside checkpoints)."""
+    values = dict(values)
+    wan = "base_dim" in values["vae"]
+    parts: dict[str, type] = {
+        "dit": DiTConfig,
+        "vae": WanVAEConfig if wan else PatchVAEConfig,
+        "text": UMT5Config if wan else WordsConfig,
+        "schedule": NoiseSchedule,
+        "policy": DualBuffer,
+    }
+    for name, part in parts.items():
+        values[name] = from_dict(part, values[name], f"config.{name}")
+    return from_dict(Config, values)
+
+
+def override(config: T, assignments: list[str]) -> T:
+    """Apply `a.b=value` overrides to a (nested) frozen dataclass, strictly and by the field's present type."""
+    for assignment in assignments:
+        path, _, text = assignment.partition("=")
+        config = _set(config, path.split("."), text, path)
+    return config
+
+
+def _set(config: Any, path: list[str], text: str, whole: str) -> Any:
+    names = [f.name for f in dataclasses.fields(config)]
+    if path[0] not in names:
+        near = difflib.get_close_matches(path[0], names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{whole}: unknown field {path[0]!r}; {hint}fields: {', '.join(names)}")
+    old = getattr(config, path[0])
+    if len(path) > 1:
+        return dataclasses.replace(config, **{path[0]: _set(old, path[1:], text, whole)})
+    return dataclasses.replace(config, **{path[0]: _parse(old, text, whole)})
+
+
+def _parse(old: Any, text: str, whole: str) -> Any:
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(old, tuple):
+            return tuple(type(old[0])(part) for part in text.split(","))
+        return text if old is None else type(old)(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{whole}={text}: expected a {type(old).__name__} such as {old!r}") from None

@@ -1,0 +1,172 @@
+"""Storybook stories as latents: rendered, encoded and written in shards; read back as training batches.
+
+    shotstream data storybook --out runs/data --stories 8000
+
+A shard is one safetensors file of 64 stories. It holds latents and single-frame latents ("stills", what the context
+is made of); captions are made anew at load time from the stories' seeds, in several paraphrases.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shotstream.memory.policies.dual_buffer import context_picks
+from shotstream.models.patch_vae import PatchVAE
+from shotstream.models.text import Words
+from shotstream.storybook.captions import captions
+from shotstream.storybook.draw import SHOT_FRAMES, render_shot
+from shotstream.storybook.world import sample_world
+
+SHARD = 64
+# Every frame that the context rule can pick from a shot of 21 frames, whatever the number of shots.
+STILLS = tuple(
+    sorted({frame for shots in range(1, 7) for _, frame in context_picks([SHOT_FRAMES] * shots, 6)})
+)
+
+
+def to_frames(pixels: np.ndarray) -> Tensor:
+    """uint8 [f h w 3] -> float `f c h w` in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fit_vae(vae: PatchVAE, shots: int, first_seed: int = 10_000_000) -> None:
+    """Fit the linear part of the autoencoder to `shots` freshly rendered shots."""
+    clips = [to_frames(render_shot(sample_world(first_seed + i), i % 2)[0]) for i in range(shots)]
+    vae.fit(torch.stack(clips))
+
+
+def coverage(mask: np.ndarray, patch: int) -> Tensor:
+    """Share of each latent cell that the cast covers, [f h/p w/p] over latent frames, from a mask [4k+1 h w]."""
+    first, rest = mask[:1], mask[1:]
+    per_latent = np.concatenate([first, rest.reshape(-1, 4, *mask.shape[1:]).mean(1)])
+    f, h, w = per_latent.shape
+    return torch.from_numpy(per_latent.reshape(f, h // patch, patch, w // patch, patch).mean((2, 4)))
+
+
+def write_shards(out: Path, vae: PatchVAE, stories: int, split: str, first_seed: int = 0) -> None:
+    """Write shards of `stories` stories; shards that exist already are kept, so the command can be resumed."""
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(first_seed, first_seed + stories, SHARD):
+        path = out / f"{split}-{start:07d}.safetensors"
+        if path.exists():
+            continue
+        seeds = range(start, min(start + SHARD, first_seed + stories))
+        unfinished = path.with_suffix(".tmp")
+        tensors, story = _shard(vae, split, seeds)
+        save_file(tensors, unfinished, metadata={"seeds": json.dumps(list(seeds)), "split": split, "story": story})
+        unfinished.rename(path)
+
+
+def _shard(vae: PatchVAE, split: str, seeds: range) -> tuple[dict[str, Tensor], str]:
+    latents, stills, cover, shots = [], [], [], []
+    for seed in seeds:
+        world = sample_world(seed, split)
+        shots.append(len(world.shots))
+        for i in range(len(world.shots)):
+            pixels, mask = render_shot(world, i, SHOT_FRAMES)
+            frames = to_frames(pixels)
+            latents.append(vae.encode(frames[None])[0].bfloat16())
+            stills.append(vae.context_latents(frames[list(STILLS)]).bfloat16())
+            cover.append((coverage(mask, vae.spatial_stride) * 255).round().to(torch.uint8))
+    return {
+        "latents": torch.stack(latents).contiguous(),
+        "stills": torch.stack(stills).contiguous(),
+        "coverage": torch.stack(cover),
+    }, json.dumps(shots)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`b` sequences of [context | target] latent frames, ready for a recipe."""
+
+    latents: Tensor  # b f c h w, clean
+    context: int  # how many of the f are context
+    positions: Tensor  # b f
+    flags: Tensor  # b f: shot index of each latent frame (what the phase is made of)
+    words: Tensor  # p s: word numbers of all prompts of the batch
+    index: Tensor  # b f: which prompt each latent frame reads
+    coverage: Tensor  # b f h w: share of each cell covered by the cast
+
+
+class Stories:
+    """All shards of a folder, memory-mapped by safetensors and held as one table of shots."""
+
+    def __init__(self, folder: Path, text: Words, split: str = "train", paraphrases: int = 4, limit: int = 0) -> None:
+        paths = sorted(folder.glob(f"{split}-*.safetensors"))[: limit or None]
+        if not paths:
+            raise FileNotFoundError(f"{folder}: no {split}-*.safetensors; make them with `shotstream data storybook`")
+        parts: dict[str, list[Tensor]] = {"latents": [], "stills": [], "coverage": []}
+        self.seeds: list[int] = []
+        counts: list[int] = []
+        for path in paths:
+            with safe_open(path, "pt") as shard:
+                for name, tensors in parts.items():
+                    tensors.append(shard.get_tensor(name))
+                self.seeds += json.loads(shard.metadata()["seeds"])
+                counts += json.loads(shard.metadata()["story"])
+        self.latents, self.stills, self.coverage = (torch.cat(parts[n]) for n in ("latents", "stills", "coverage"))
+        self.first = np.concatenate([[0], np.cumsum(counts)])  # first shot of each story
+        self.words = self._words(text, split, paraphrases)
+
+    def _words(self, text: Words, split: str, paraphrases: int) -> Tensor:
+        rows = []
+        for seed in self.seeds:
+            world = sample_world(seed, split)
+            versions = [captions(world, seed * 1000 + i) for i in range(paraphrases)]
+            for shot in range(len(world.shots)):
+                rows.append([text.ids(f"{v.global_caption} {v.shots[shot]}") for v in versions])
+        return torch.tensor(rows, dtype=torch.int16)  # shots, paraphrases, s
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def batch(self, rng: np.random.Generator, size: int, kind: str, history: int | None = None) -> Batch:
+        """Draw `size` samples. kind: "image" (a shot's first latent frame), "shot" (a whole shot without context),
+        "next" (a shot and its context; `history`: only shots with that many shots before them).
+        """
+        picked = [self._pick(rng, kind, history) for _ in range(size)]
+        rows, words, index, flags = [], [], [], []
+        for story, shot in picked:
+            first = int(self.first[story])
+            paraphrase = int(rng.integers(self.words.shape[1]))
+            target = self.latents[first + shot, : 1 if kind == "image" else None]
+            picks = context_picks([SHOT_FRAMES] * shot, 6) if kind == "next" else ()
+            context = [self.stills[first + s, STILLS.index(f)] for s, f in picks]
+            rows.append(torch.cat((torch.stack(context), target)) if context else target)
+            prompts = [*sorted({s for s, _ in picks}), shot]
+            index.append([len(words) + prompts.index(s) for s in [s for s, _ in picks] + [shot] * len(target)])
+            flags.append([s for s, _ in picks] + [shot if picks else 0] * len(target))
+            words += [self.words[first + s, paraphrase] for s in prompts]
+        count = len(picks) if kind == "next" else 0
+        cells = torch.stack(
+            [self.coverage[int(self.first[t]) + s, : rows[0].shape[0] - count] for t, s in picked]
+        ).float()
+        start = 6 - count  # targets sit at 6, 7, ... with and without context
+        return Batch(
+            latents=torch.stack(rows).float(),
+            context=count,
+            positions=torch.arange(start, start + rows[0].shape[0]).expand(size, -1),
+            flags=torch.tensor(flags),
+            words=torch.stack(words).long(),
+            index=torch.tensor(index),
+            coverage=cells / 255,
+        )
+
+    def _pick(self, rng: np.random.Generator, kind: str, history: int | None) -> tuple[int, int]:
+        while True:
+            story = int(rng.integers(len(self)))
+            shots = int(self.first[story + 1] - self.first[story])
+            if kind != "next":
+                return story, int(rng.integers(shots))
+            if history is None and shots > 1:
+                return story, int(rng.integers(1, shots))
+            if history is not None and history < shots:
+                return story, history

@@ -1,0 +1,256 @@
+"""The DiT of Wan 2.1, used as teacher, student and critic: the same class, the same parameter names.
+
+    teacher, critic        no memory, no mask: every latent frame sees every other
+    causal initialisation  a block-causal mask over one long sequence
+    student                `memory`: keys and values of earlier frames, kept un-rotated
+
+Every latent frame has its own timestep, its own place on the rotary time axis and its own text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shotstream.config import DiTConfig
+from shotstream.models.attention import attention
+from shotstream.models.rope import Rotation, rotate
+
+
+class Memory(Protocol):
+    """What attention layers need of a memory, bound to the plan of the present call."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values this call may read: stored frames, then its own un-rotated `k`, `v` [b l n d]."""
+
+
+# A memory bound to a layer: this call's k and v -> everything the layer reads, keys rotated.
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Cross-attention keys and values of `p` prompts, per layer [p s n d], and each latent frame's prompt [b f]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    index: Tensor
+
+    def at(self, index: Tensor) -> Text:
+        """The same prompts read by other latent frames."""
+        return Text(self.keys, self.values, index)
+
+
+def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
+    """[cosines, sines] of `timesteps * 10000^(-i / (dim/2))`, in float64."""
+    frequencies = 10000.0 ** (
+        -torch.arange(dim // 2, dtype=torch.float64, device=timesteps.device) / (dim // 2)
+    )
+    angle = timesteps.double()[..., None] * frequencies
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the whole width (not per head), computed in float32 or wider."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """The projections shared by self- and cross-attention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim)
+        self.norm_k = RMSNorm(dim)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.split(self.norm_q(self.q(x)))
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self.split(self.norm_k(self.k(x)))
+
+    def values(self, x: Tensor) -> Tensor:
+        return self.split(self.v(x))
+
+
+class SelfAttention(Attention):
+    """Attention over latents, rotated by place; with a memory, also over what it keeps."""
+
+    def forward(self, x: Tensor, places: Rotation, extend: Extend | None, mask: Tensor | None) -> Tensor:
+        q, k, v = rotate(self.queries(x), places), self.keys(x), self.values(x)
+        k, v = extend(k, v) if extend else (rotate(k, places), v)
+        return self.o(attention(q, k, v, mask).flatten(-2))
+
+
+class CrossAttention(Attention):
+    """Attention of each latent frame to its own prompt; no rotation, no mask: padding rows are keys too (Wan)."""
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        """x [b f l d]; k and v of all prompts [p s n d]; index [b f]."""
+        if len(k) == 1:  # one prompt for all: frames need not be told apart
+            shape = x.shape
+            q = self.queries(x.reshape(1, -1, x.shape[-1]))
+            return self.o(attention(q, k, v).flatten(-2)).view(shape)
+        own = index.flatten()
+        out = attention(self.queries(x.flatten(0, 1)), k[own], v[own])
+        return self.o(out.flatten(-2)).view_as(x)
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.self_attn = SelfAttention(dim, config.heads)
+        self.cross_attn = CrossAttention(dim, config.heads)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: tuple[Tensor, Tensor, Tensor],
+        places: Rotation,
+        extend: Extend | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """x [b f l d], time [b f 6 d] -> [b f l d]. `text`: this layer's keys and values, and each frame's prompt."""
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + time).unsqueeze(3).unbind(2)
+        y = modulate(x, shift_sa, scale_sa).flatten(1, 2)
+        x = x + self.self_attn(y, places, extend, mask).view_as(x) * gate_sa
+        x = x + self.cross_attn(self.norm3(x), *text)
+        return x + self.ffn(modulate(x, shift_ff, scale_ff)) * gate_ff
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without parameters, then `(1 + scale)` and `shift`."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Head(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.head = nn.Linear(config.dim, config.patch**2 * config.channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time.unsqueeze(-2)).unsqueeze(3).unbind(2)
+        return self.head(modulate(x, shift, scale))
+
+
+class DiT(nn.Module):
+    """Latents, timesteps, text and places -> velocity (noise - x0)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.patch_embedding = nn.Conv3d(
+            config.channels, dim, (1, config.patch, config.patch), (1, config.patch, config.patch)
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = Head(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def read(self, states: Tensor, index: Tensor) -> Text:
+        """Project text-encoder states [p s text_dim] to every layer's cross-attention keys and values.
+
+        They depend on the prompt alone: compute them once per prompt and keep them. `index` [b f] is the prompt
+        each latent frame reads.
+        """
+        embedded = self.text_embedding(states.to(self.dtype))
+        attentions = [block.cross_attn for block in self.blocks]
+        return Text(
+            tuple(a.keys(embedded) for a in attentions), tuple(a.values(embedded) for a in attentions), index
+        )
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Text,
+        places: Rotation,
+        memory: Memory | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity `b f c h w` of `latents` `b f c h w` at `timesteps` [b f] (1000 sigma, float32).
+
+        `places`: rotation tables of the queries (`rope.rotation`). `mask`: True where a token may look, as in
+        `attention`. method.md 4.1 is this function step by step.
+        """
+        batch, frames, _, height, width = latents.shape
+        assert timesteps.shape == (batch, frames), f"timesteps {tuple(timesteps.shape)} for {batch} x {frames} frames"
+        x = self.embed(latents)
+        time = self.time_embedding(sinusoid(timesteps, self.config.freq_dim).to(self.dtype))
+        time6 = self.time_projection(time).unflatten(-1, (6, -1))
+        for layer, block in enumerate(self.blocks):
+            extend = partial(memory.extend, layer) if memory else None
+            x = block(x, time6, (text.keys[layer], text.values[layer], text.index), places, extend, mask)
+        out = rearrange(
+            self.head(x, time),
+            "b f (h w) (p q c) -> b f c (h p) (w q)",
+            h=height // self.config.patch,
+            w=width // self.config.patch,
+            p=self.config.patch,
+            q=self.config.patch,
+        )
+        if self.config.prediction == "velocity":
+            return out
+        return velocity_from_x0(latents, out, timesteps)
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Patches `b f c h w` -> tokens `b f l d`, row by row. The convolution has stride = kernel: a matrix product."""
+        p = self.config.patch
+        patches = rearrange(latents.to(self.dtype), "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+
+# Below this sigma an x0 head's velocity (x - x0) / sigma is noise divided by almost nothing.
+SMALLEST_SIGMA = 0.05
+
+
+def velocity_from_x0(latents: Tensor, x0: Tensor, timesteps: Tensor) -> Tensor:
+    """The velocity whose clean estimate is `x0`, in float32 or wider (a bf16 quotient would lose x0's digits)."""
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    sigma = (timesteps.to(wide) / 1000).clamp(min=SMALLEST_SIGMA)[:, :, None, None, None]
+    return (latents.to(wide) - x0.to(wide)) / sigma

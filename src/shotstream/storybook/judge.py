@@ -1,0 +1,391 @@
+"""Reads a shot of the storybook world back from its pixels: who, wearing what, doing what, where, seen how.
+
+Nothing here is trained. The world is small enough to be drawn again: the judge looks for the description whose
+picture comes closest. First the empty scene, one of 108; then who stands in front of it, by a coordinate descent
+over looks and action that asks of every guess how much better than the empty scene it explains the picture.
+Distances are capped per pixel, so that a blurred edge or a wrong corner costs little: the judge is meant
+for generated pictures, which are never exactly right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shotstream.storybook.draw import (
+    BOX,
+    CAMERA,
+    GROUND,
+    HEIGHT,
+    PALETTE,
+    WIDTH,
+    Pose,
+    background,
+    motion,
+    sprite,
+)
+from shotstream.storybook.world import (
+    ACCESSORIES,
+    ACCESSORY_COLOURS,
+    COLOURS,
+    FRAMING_ACTIONS,
+    FRAMINGS,
+    HATS,
+    PLACES,
+    SHIRTS,
+    SPECIES,
+    TIMES,
+    Character,
+)
+
+Floats = NDArray[np.float32]
+T = TypeVar("T")
+
+STATIONS = {"centre": 0.5, "left": 0.31, "right": 0.69}
+"""Where the feet of a cast of one, and of two, stand: shares of the width."""
+
+STRIDES, LEAP = {"centre": 28, "left": 12, "right": 12}, 18
+"""Half the length of a walk and the height of a jump, in pixels, as `draw.render_shot` has them."""
+
+FRAMES_READ = 6
+CAP, COLOUR_CAP = 60.0, 150.0
+"""Largest difference of a pixel, as the mean over its channels (0..255): of a picture, and of a plain colour."""
+
+LEAST_EXPLAINED = 0.35
+"""A character is recognised when its drawing explains this share of what the empty scene does not."""
+
+LAGS, SHIFTS = (0, -2, 2), (0, -2, 2)
+"""How far a generated motion may be out of step, in frames, and a character out of place, in pixels."""
+
+CUT_LEAST, CUT_TIMES, CUT_AROUND = 0.06, 2.0, 8
+"""A cut is the largest change within 8 frames, at least .06 of the range, and twice the median there."""
+
+
+@dataclass(frozen=True)
+class CharacterReading:
+    """One character as seen, standing "left", "right" or in the "centre".
+
+    `explained` is the share (up to 1) of its picture that its drawing accounts for; `confidence` says for each
+    attribute how much less the next best value explains, 0..1.
+    """
+
+    position: str
+    species: str
+    colour: str
+    hat: str
+    shirt: str
+    accessory: str
+    accessory_colour: str
+    explained: float
+    confidence: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One shot as seen, its cast from left to right: nobody when no character could be recognised."""
+
+    place: str
+    time: str
+    framing: str
+    mirrored: bool
+    cast: tuple[CharacterReading, ...]
+    action: str
+    confidence: Mapping[str, float]
+
+    @property
+    def found(self) -> bool:
+        return bool(self.cast)
+
+
+def judge(frames: NDArray[np.uint8]) -> Reading:
+    """Read one shot, uint8 [f 128 192 3]; ValueError for another shape. The first two frames do not count."""
+    if frames.ndim != 4 or frames.shape[1:] != (HEIGHT, WIDTH, 3) or not len(frames):
+        raise ValueError(f"a storybook shot is uint8 [f {HEIGHT} {WIDTH} 3], not {list(frames.shape)}")
+    view, certainty = _look(frames)
+    guesses = _first_guesses(view)
+    for _ in range(2):
+        guesses, margins = _refine(view, guesses)
+    cast = [_describe(view, guess, sure) for guess, sure in zip(guesses, margins, strict=True)]
+    return Reading(
+        *view.scene,
+        cast=tuple(member for member in cast if member.explained >= LEAST_EXPLAINED),
+        action=guesses[0].action,
+        confidence={**certainty, "action": margins[0]["action"]},
+    )
+
+
+def find_cuts(frames: NDArray[np.uint8]) -> list[int]:
+    """The first frame of every shot of a video uint8 [f h w 3] but the first."""
+    if len(frames) < 2:
+        return []
+    change = np.array(
+        [np.abs(b.astype(np.int16) - a).mean() / 255 for a, b in zip(frames, frames[1:], strict=False)]
+    )
+    cuts = []
+    for i, here in enumerate(change):
+        around = change[max(0, i - CUT_AROUND) : i + CUT_AROUND + 1]
+        if here == around.max() and here > max(CUT_LEAST, CUT_TIMES * np.median(around)):
+            cuts.append(i + 1)
+    return cuts
+
+
+# The scene
+
+
+class Scene(NamedTuple):
+    place: str
+    time: str
+    framing: str
+    mirrored: bool
+
+
+class _View(NamedTuple):
+    """What the search looks at: `f` frames of a shot, halved unless the shot is wide.
+
+    Costs are distances of every pixel, 0..CAP to the empty scene [f h w] and 0..COLOUR_CAP to each colour of
+    the palette [f h w 7].
+    """
+
+    scene: Scene
+    times: tuple[int, ...]
+    pictures: Floats
+    empty: Floats
+    empty_costs: Floats
+    colour_costs: Floats
+
+
+def _shrink(pictures: Floats, factor: int) -> Floats:
+    """[.. h w c] -> [.. h/factor w/factor c], each pixel a mean."""
+    *rest, h, w, c = pictures.shape
+    cells = pictures.reshape(*rest, h // factor, factor, w // factor, factor, c)
+    return cells.mean(axis=(-4, -2), dtype=np.float32)
+
+
+def _factor(framing: str) -> int:
+    return 1 if framing == "wide" else 2
+
+
+def _empty(scene: Scene) -> Floats:
+    picture = background(scene.place, scene.time, scene.mirrored, scene.framing)
+    return np.asarray(picture, dtype=np.float32)
+
+
+@cache
+def _scenes() -> tuple[tuple[Scene, ...], Floats]:
+    """Every empty scene, and a quarter-size picture of each."""
+    scenes = tuple(Scene(*values) for values in product(PLACES, TIMES, FRAMINGS, (False, True)))
+    return scenes, _shrink(np.stack([_empty(scene) for scene in scenes]), 4)
+
+
+def _look(frames: NDArray[np.uint8]) -> tuple[_View, dict[str, float]]:
+    """The view of a shot in front of the scene that fits best, and how sure each part of the scene is."""
+    last = len(frames) - 1
+    times = sorted({round(t) for t in np.linspace(min(2, last), last, FRAMES_READ)})
+    pictures = frames[times].astype(np.float32)
+    scenes, empties = _scenes()
+    still = np.median(_shrink(pictures, 4), axis=0)
+    costs = np.minimum(np.abs(empties - still).mean(-1), CAP).mean((1, 2))
+    best = scenes[int(costs.argmin())]
+    certainty = {
+        part: 1 - float(costs.min() / min(c for s, c in zip(scenes, costs, strict=True) if s[k] != best[k]))
+        for k, part in enumerate(Scene._fields)
+    }
+    factor = _factor(best.framing)
+    pictures, empty = _shrink(pictures, factor), _shrink(_empty(best), factor)
+    palette = np.array(list(PALETTE.values()), np.float32)
+    colours = np.stack([np.abs(pictures - colour).mean(-1) for colour in palette], axis=-1)
+    view = _View(
+        best,
+        tuple(times),
+        pictures,
+        empty,
+        np.minimum(np.abs(pictures - empty).mean(-1), CAP),
+        np.minimum(colours, COLOUR_CAP),
+    )
+    return view, certainty
+
+
+# A character drawn again
+
+
+class _Guess(NamedTuple):
+    """Somebody of unknown colours: they are read off the picture once the shape is fixed."""
+
+    position: str
+    species: str
+    action: str
+    hat: str = "none"
+    accessory: str = "none"
+    lag: int = 0
+    shift: tuple[int, int] = (0, 0)
+
+
+class _Template(NamedTuple):
+    """A drawing whose colours are left open, halved unless the shot is wide.
+
+    The picture is `base + parts @ colours + (1 - alpha) * scene`: base [h w 3], alpha [h w], and parts [h w 3],
+    the shares (0..255) of body, shirt and accessory. `corner` is where the cut-out starts in the whole drawing.
+    """
+
+    corner: tuple[int, int]
+    base: NDArray[np.uint8]
+    alpha: NDArray[np.uint8]
+    parts: NDArray[np.uint8]
+
+
+class _Fit(NamedTuple):
+    """`gain`: what a guess explains better than the empty scene; `missing`: all that it could explain there.
+
+    `colours` [3 7] are the costs of every palette colour for body, shirt and accessory.
+    """
+
+    gain: float
+    missing: float
+    colours: NDArray[np.float64]
+
+
+PARTS = {"colour": COLOURS, "shirt": SHIRTS, "accessory_colour": ACCESSORY_COLOURS}
+PROBES = ("red", "green")
+_CHOICES = np.array([[name in options for name in PALETTE] for options in PARTS.values()])
+_PALETTE = np.array(list(PALETTE.values()), np.float32)
+
+
+@lru_cache(maxsize=3000)
+def _template(species: str, hat: str, accessory: str, pose: Pose, framing: str, flipped: bool) -> _Template:
+    """Draw a character in two colours per part: where the drawing changes, and how much, is the part."""
+    first, second = (np.array(PALETTE[name], np.float32) for name in PROBES)
+
+    def drawing(**colours: str) -> Floats:
+        looks = {part: PROBES[0] for part in PARTS} | colours
+        who = Character(species=species, hat=hat, accessory=accessory, **looks)
+        rgba = np.asarray(sprite(who, pose, CAMERA[framing][0], flipped), dtype=np.float32)
+        rgba = np.concatenate((rgba[..., :3] * rgba[..., 3:] / 255, rgba[..., 3:]), axis=-1)
+        return _shrink(rgba, _factor(framing))
+
+    plain = drawing()
+    other = np.stack([drawing(**{part: PROBES[1]})[..., :3] for part in PARTS], axis=-1)
+    change = first - second
+    parts = np.clip(change @ (plain[..., :3, None] - other) / (change @ change), 0, 1)
+    base = np.clip(plain[..., :3] - parts.sum(-1, keepdims=True) * first, 0, 255)
+    rows, columns = (np.flatnonzero(plain[..., 3].any(axis)) for axis in (1, 0))
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    whole = [np.round(x[box]).astype(np.uint8) for x in (base, plain[..., 3], parts * 255)]
+    return _Template((int(columns[0]), int(rows[0])), *whole)
+
+
+def _drawings(view: _View, guess: _Guess) -> Iterator[tuple[int, tuple[slice, slice], _Template]]:
+    """For every frame in which the guess can be seen: its index, where, and that part of the drawing."""
+    framing, factor = view.scene.framing, _factor(view.scene.framing)
+    zoom, middle = CAMERA[framing]
+    ground = HEIGHT / 2 + (GROUND - middle) * zoom
+    height, width = view.empty.shape[:2]
+    stride = STRIDES[guess.position] / zoom
+    for i, time in enumerate(view.times):
+        pose, dx, dy = motion(guess.action, time + guess.lag, stride=stride, leap=LEAP / zoom)
+        drawn = _template(
+            guess.species, guess.hat, guess.accessory, pose, framing, guess.position == "left"
+        )
+        x = WIDTH * STATIONS[guess.position] + (dx + BOX[0]) * zoom + guess.shift[0]
+        y = ground + (dy + BOX[1]) * zoom + guess.shift[1]
+        left, top = round(x / factor) + drawn.corner[0], round(y / factor) + drawn.corner[1]
+        h, w = drawn.alpha.shape
+        rows = slice(max(0, top), min(height, top + h))
+        columns = slice(max(0, left), min(width, left + w))
+        if rows.start < rows.stop and columns.start < columns.stop:
+            cut = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
+            yield i, (rows, columns), _Template((0, 0), *(x[cut] for x in drawn[1:]))
+
+
+def _fit(view: _View, guess: _Guess) -> _Fit:
+    """How well a guess explains the shot in the colours that suit it best."""
+    drawings = list(_drawings(view, guess))
+    costs = np.full((3, len(PALETTE)), 1e-3)
+    for i, (rows, columns), drawn in drawings:
+        for part in range(3 if guess.accessory != "none" else 2):
+            costs[part] += view.colour_costs[i, rows, columns][drawn.parts[..., part] > 190].sum(0)
+    costs[~_CHOICES] = np.inf
+    colours = _PALETTE[costs.argmin(1)] / 255
+    gain = missing = 0.0
+    for i, (rows, columns), drawn in drawings:
+        clear = 1 - drawn.alpha[..., None] * np.float32(1 / 255)
+        picture = drawn.base + drawn.parts.astype(np.float32) @ colours + clear * view.empty[rows, columns]
+        there = view.empty_costs[i, rows, columns]
+        gain += float((there - np.minimum(np.abs(view.pictures[i, rows, columns] - picture).mean(-1), CAP)).sum())
+        missing += float(there[drawn.alpha > 127].sum())
+    return _Fit(gain, missing, costs)
+
+
+# The search
+
+
+def _first_guesses(view: _View) -> list[_Guess]:
+    """Who may stand where, bare-headed and with empty hands: every species at every action."""
+    actions = FRAMING_ACTIONS[view.scene.framing]
+    best: dict[tuple[str, str], tuple[float, _Guess]] = {}
+    positions = ("centre",) if view.scene.framing == "close" else tuple(STATIONS)
+    for position, action in product(positions, actions):
+        guesses = [_Guess(position, species, action) for species in SPECIES]
+        best[position, action] = max((max(0.0, _fit(view, g).gain), g) for g in guesses)
+    layouts = [[best[position, action] for position in group if (position, action) in best]
+               for action in actions for group in (("centre",), ("left", "right"))]
+    chosen = max(layouts, key=lambda layout: sum(gain for gain, _ in layout))
+    return [guess for _, guess in chosen]
+
+
+def _refine(view: _View, guesses: Sequence[_Guess]) -> tuple[list[_Guess], list[dict[str, float]]]:
+    """One round of the descent: everybody's place, head and accessory, then the action of all together."""
+    refined: list[_Guess] = []
+    margins: list[dict[str, float]] = []
+    for guess in guesses:
+        sure: dict[str, float] = {}
+        for names, values in (
+            (("shift",), [(shift,) for shift in product(SHIFTS, SHIFTS)]),
+            (("species", "hat"), list(product(SPECIES, HATS))),
+            (("accessory",), [(accessory,) for accessory in ACCESSORIES]),
+        ):
+            options = {value: guess._replace(**dict(zip(names, value, strict=True))) for value in values}
+            gains = {value: _fit(view, option).gain for value, option in options.items()}
+            guess = options[max(gains, key=lambda value: gains[value])]
+            sure |= {name: _margin(gains, k) for k, name in enumerate(names)}
+        refined.append(guess)
+        margins.append(sure)
+    together = {
+        (action, lag): sum(_fit(view, guess._replace(action=action, lag=lag)).gain for guess in refined)
+        for action, lag in product(FRAMING_ACTIONS[view.scene.framing], LAGS)
+    }
+    action, lag = max(together, key=lambda value: together[value])
+    for sure in margins:
+        sure["action"] = _margin(together, 0)
+    return [guess._replace(action=action, lag=lag) for guess in refined], margins
+
+
+def _margin(gains: Mapping[tuple[Any, ...], float], k: int) -> float:
+    """What the best option with another k-th value explains less, as a share, 0..1."""
+    best = max(gains, key=lambda value: gains[value])
+    runner_up = max((gain for value, gain in gains.items() if value[k] != best[k]), default=0.0)
+    return min(1.0, 1 - runner_up / gains[best]) if gains[best] > 0 else 0.0
+
+
+def _describe(view: _View, guess: _Guess, margins: Mapping[str, float]) -> CharacterReading:
+    fit = _fit(view, guess)
+    looks = {part: list(PALETTE)[row.argmin()] for part, row in zip(PARTS, fit.colours, strict=True)}
+    confidence = {name: margins[name] for name in ("species", "hat", "accessory")}
+    for part, row in zip(PARTS, np.sort(fit.colours), strict=True):
+        confidence[part] = float(1 - row[0] / row[1])
+    if guess.accessory == "none":
+        looks["accessory_colour"], confidence["accessory_colour"] = "none", margins["accessory"]
+    return CharacterReading(
+        position=guess.position,
+        species=guess.species,
+        hat=guess.hat,
+        accessory=guess.accessory,
+        explained=fit.gain / fit.missing if fit.missing else 0.0,
+        confidence=confidence,
+        **looks,
+    )

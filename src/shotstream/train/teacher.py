@@ -1,0 +1,149 @@
+"""The next-shot teacher: flow matching on [clean context | noisy target] (paper 3.1, method.md 13.1).
+
+    shotstream train teacher --out runs/teacher --set kind=next --init runs/shots
+
+One recipe, three kinds of batches, trained one after the other from scratch: single pictures ("image"), single shots
+("shot"), shots with the context of earlier ones ("next"). Starting from a text-to-video base, only "next" is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shotstream.config import Config
+from shotstream.data.storybook import Batch, Stories
+from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, spread
+from shotstream.models.dit import DiT, Text
+from shotstream.models.rope import Rotation, angles, tables
+from shotstream.models.text import Words
+from shotstream.train import run
+from shotstream.train.run import Log, Network, RunConfig, learning_scale
+
+PHASE = 1 / 6  # radian per shot
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What is special to this recipe."""
+
+    kind: str = "next"  # "image", "shot" or "next"
+    first_shots: float = 0.25  # share of "next" batches without context: first shots, and dropped context
+    drop_text: float = 0.1
+    compile: bool = False  # torch.compile each block: faster after a minute
+    sigma_mean: float = 0.6  # sigma = sigmoid(normal(mean, deviation))
+    sigma_deviation: float = 1.1
+    sigma_floor: float = 0.3  # below it an x0 head is not asked for ever finer detail: weight (sigma / floor)^2
+    cast_weight: float = 2.0  # extra loss weight of latent cells that the cast covers
+
+
+class Model(nn.Module):
+    """DiT and text encoder, trained together."""
+
+    def __init__(self, dit: DiT, text: Words) -> None:
+        super().__init__()
+        self.dit = dit
+        self.text = text
+
+    def read(self, words: Tensor, index: Tensor) -> Text:
+        return self.dit.read(self.text(words), index)
+
+
+def places(dit: DiT, positions: Tensor, flags: Tensor, shape: torch.Size) -> Rotation:
+    """Rotation tables of a batch whose samples sit at different phases: positions and flags [b f]."""
+    height, width = (n // dit.config.patch for n in shape[-2:])
+    angle = angles(positions, flags * PHASE, height, width, dit.config.head_dim)
+    return tables(angle, dit.device, dit.dtype)
+
+
+def draw_sigmas(rng: np.random.Generator, count: int, config: TeacherConfig) -> Tensor:
+    normal = rng.normal(config.sigma_mean, config.sigma_deviation, size=count)
+    return torch.sigmoid(torch.tensor(normal, dtype=torch.float32))
+
+
+def drop_text(rng: np.random.Generator, words: Tensor, index: Tensor, share: float) -> Tensor:
+    """Empty all prompts of a sample with probability `share`."""
+    words = words.clone()
+    for row in index[torch.from_numpy(rng.random(len(index)) < share)]:
+        words[row.unique()] = 0
+    return words
+
+
+def loss(model: Model, batch: Batch, rng: np.random.Generator, config: TeacherConfig) -> Tensor:
+    """Mean squared error of the target's velocity; the context stays clean, at timestep 0."""
+    dit, context = model.dit, batch.context
+    clean = batch.latents
+    sigma = draw_sigmas(rng, len(clean), config)
+    sigmas = sigma[:, None].expand(clean.shape[:2]).clone()
+    sigmas[:, :context] = 0
+    noise = torch.randn_like(clean)
+    noisy = add_noise(clean, noise, sigmas)
+    text = model.read(drop_text(rng, batch.words, batch.index, config.drop_text), batch.index)
+    where = places(dit, batch.positions, batch.flags, clean.shape)
+    velocity = dit(noisy, sigmas * TIMESTEPS, text, where)
+    error = (velocity - (noise - clean))[:, context:].float().square().mean(2)
+    weight = 1 + config.cast_weight * (batch.coverage > 0)
+    fine = (sigma / config.sigma_floor).clamp(max=1).square()[:, None, None, None]
+    return (error * weight * fine).sum() / weight.sum()
+
+
+def train(model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Stories, masters: Model) -> Network:
+    """Train until `runs.steps`; resumes from `runs.out` if it holds a checkpoint."""
+    rank, _ = run.start_processes()
+    out = Path(runs.out)
+    rng = run.seed_everything(runs.seed, rank)
+    log = Log(out, enabled=rank == 0)
+    network = Network(masters, runs)
+    step = 0
+    if state := run.resume(out / "checkpoint.pt"):
+        network.load_state_dict(state["network"])
+        run.restore_random_state(rng, state["random"])
+        step = state["step"]
+    run.write_config(out, model=model, recipe=cfg, run=runs)
+    if cfg.compile:
+        for block in network.compute.dit.blocks:
+            block.compile(dynamic=False)
+    pace = run.Pace(runs)
+    while step < runs.steps:
+        kind = cfg.kind
+        if kind == "next" and rng.random() < cfg.first_shots:
+            kind = "shot"
+        batch = stories.batch(rng, runs.batch, kind)
+        value = loss(network.compute, batch, rng, cfg)  # type: ignore[arg-type]
+        value.backward()  # type: ignore[no-untyped-call]
+        norm = network.step(learning_scale(step, runs))
+        step += 1
+        pace.add(value.item(), kind)
+        if step % runs.log_every == 0:
+            log.write(step=step, norm=norm, **pace.read(step))
+        if rank == 0 and (pace.save_due() or step == runs.steps):
+            run.save(
+                out / "checkpoint.pt",
+                {"network": network.state_dict(), "random": run.random_state(rng), "step": step},
+            )
+    return network
+
+
+@torch.no_grad()
+def sample(
+    model: Model, batch: Batch, steps: int = 25, shift: float = 3.0, guidance: float = 2.0
+) -> Tensor:
+    """The target latents of `batch`, from noise: Euler steps with guidance, the context kept clean."""
+    dit, context = model.dit, batch.context
+    where = places(dit, batch.positions, batch.flags, batch.latents.shape)
+    text = model.read(batch.words, batch.index)
+    null = model.read(torch.zeros_like(batch.words[:1]), torch.zeros_like(batch.index))
+    x = torch.cat((batch.latents[:, :context], torch.randn_like(batch.latents[:, context:])), dim=1)
+    sigmas = euler_sigmas(steps, shift)
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS)
+        timesteps[:, :context] = 0
+        velocity = guide(dit(x, timesteps, text, where), dit(x, timesteps, null, where), guidance).float()
+        move = spread((following - sigma).expand(x.shape[:2]).clone(), x)
+        move[:, :context] = 0
+        x = x + move * velocity
+    return x[:, context:]
