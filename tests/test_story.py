@@ -86,7 +86,7 @@ def test_seeds_are_pinned_or_follow_from_the_story_seed_and_the_id():
         ({"frames": 33}, {}, 3, 33, ""),
         ({"frames": 26}, {}, 2, 21, "26 frames becomes 21 frames (2 chunks)"),
         ({"frames": 27}, {}, 3, 33, "27 frames becomes 33 frames (3 chunks)"),
-        ({"frames": 1}, {}, 1, 9, "1 frames becomes 9 frames (1 chunks)"),
+        ({"frames": 1}, {}, 1, 9, "1 frames becomes 9 frames (1 chunk)"),
         ({"seconds": 1.75}, {}, 2, 21, ""),
         ({}, {"seconds": 2}, 2, 21, "2 s at 12 fps becomes 21 frames (2 chunks)"),
     ],

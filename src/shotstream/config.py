@@ -32,6 +32,9 @@ class DiTConfig:
     # What the head computes. "x0": the clean latents, turned into a velocity at the door; easier for narrow
     # networks, whose width is not much larger than a token's noise.
     prediction: Literal["velocity", "x0"] = "velocity"
+    # Tell tokens where they are, besides the rotary angles between them. Wan does without; at high noise a network
+    # trained from nothing on a small grid cannot find out, and draws everything everywhere (docs/LOG.md).
+    absolute: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -44,7 +47,7 @@ class PatchVAEConfig:
 
     channels: int = 48
     patch: int = 16
-    widths: tuple[int, ...] = (256, 128, 64)
+    widths: tuple[int, ...] = (192, 96, 48)
     blocks: int = 2
 
 
@@ -116,7 +119,7 @@ _STORYBOOK = Config(
     prompt="{global_caption} {caption}",
     chunks=2,
     dit=DiTConfig(
-        dim=192, ffn_dim=768, heads=3, layers=6, text_dim=192, channels=48, patch=2, prediction="x0"
+        dim=192, ffn_dim=768, heads=3, layers=6, text_dim=192, channels=48, patch=2, prediction="x0", absolute=True
     ),
     vae=PatchVAEConfig(),
     text=WordsConfig(dim=192, heads=3),
@@ -151,7 +154,7 @@ PRESETS: dict[str, Config] = {
         height=64,
         width=96,
         dit=DiTConfig(
-            dim=64, ffn_dim=128, heads=2, layers=2, text_dim=32, freq_dim=32, channels=8, prediction="x0"
+            dim=64, ffn_dim=128, heads=2, layers=2, text_dim=32, freq_dim=32, channels=8, prediction="x0", absolute=True
         ),
         vae=PatchVAEConfig(channels=8, widths=(16, 16, 8), blocks=1),
         text=WordsConfig(dim=32, heads=2),

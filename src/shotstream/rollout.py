@@ -175,9 +175,8 @@ class Roll:
             self._remember(boundary.memory + boundary.prefill[len(boundary.memory) :])
 
     def _remember(self, frames: tuple[Frame, ...]) -> None:
-        if frames != self.memory.frames:
-            self.memory.frames = frames
-            self.memory.store.retain(frames)
+        self.memory.frames = frames
+        self.memory.store.retain(frames)  # also what an interrupted call wrote without being remembered
 
     def _forward(
         self, kind: str, new: tuple[Frame, ...], write: bool = False

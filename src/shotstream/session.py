@@ -118,7 +118,6 @@ class Session:
         """
         while self.queue:
             yield from self._generate(self.queue[0])
-            self.queue.popleft()
 
     @torch.no_grad()
     def _latents(self, shot: Shot, noise: Noise) -> Iterator[Tensor]:
@@ -139,7 +138,8 @@ class Session:
             with torch.no_grad():
                 frames, state = self.pipeline.vae.decode(x0, state)
             frames = frames[0].float().clamp(-1, 1)
-            stills.frames |= {f: frames[f - first] for f in wanted if first <= f < first + len(frames)}
+            here = range(first, first + len(frames))
+            stills.frames |= {f: frames[f - first].clone() for f in wanted if f in here}
             first += len(frames)
             done = time.perf_counter()
             if index + 1 == shot.chunks:
@@ -156,6 +156,7 @@ class Session:
 
     def _finish(self, shot: Shot, stills: Stills) -> None:
         """Let the shot join the history; forget what can never be context again."""
+        self.queue.popleft()  # before its last chunk is handed out: the stream may be closed there
         self._stills[shot.index] = stills
         self._roll.memory.shots = (*self._roll.memory.shots, stills.pictures)
         reach = shot.index + 1 - self.budget  # with more shots than budget only the last ones give a frame each

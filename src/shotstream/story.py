@@ -313,7 +313,11 @@ def _nearest(frames: int, asked: str, model: Timing) -> Length:
         below, total, chunks = total, total + model.chunk_frames(chunks), chunks + 1
     if chunks > 1 and frames - below < total - frames:
         chunks, total = chunks - 1, below
-    note = "" if total == frames else f"{asked} becomes {total} frames ({chunks} chunks)"
+    note = (
+        ""
+        if total == frames
+        else f"{asked} becomes {total} frames ({chunks} chunk{'s' if chunks > 1 else ''})"
+    )
     return Length(chunks, total, note)
 
 

@@ -132,32 +132,41 @@ class Stories:
         """Draw `size` samples. kind: "image" (a shot's first latent frame), "shot" (a whole shot without context),
         "next" (a shot and its context; `history`: only shots with that many shots before them).
         """
-        picked = [self._pick(rng, kind, history) for _ in range(size)]
-        rows, words, index, flags = [], [], [], []
-        for story, shot in picked:
+        rows = [self._pick(rng, kind, history) for _ in range(size)]
+        return self.gather(rows, rng, kind == "next", 1 if kind == "image" else None)
+
+    def pick_stories(self, rng: np.random.Generator, size: int, shots: int) -> list[int]:
+        """Stories of at least `shots` shots."""
+        counts = np.diff(self.first)
+        return [int(i) for i in rng.choice(np.flatnonzero(counts >= shots), size)]
+
+    def gather(
+        self, rows: list[tuple[int, int]], rng: np.random.Generator, context: bool, frames: int | None = None
+    ) -> Batch:
+        """The batch of these (story, shot) pairs; `frames`: only so many latent frames of the target."""
+        latents, words, index, flags, cover = [], [], [], [], []
+        for story, shot in rows:
             first = int(self.first[story])
             paraphrase = int(rng.integers(self.words.shape[1]))
-            target = self.latents[first + shot, : 1 if kind == "image" else None]
-            picks = context_picks([SHOT_FRAMES] * shot, 6) if kind == "next" else ()
-            context = [self.stills[first + s, STILLS.index(f)] for s, f in picks]
-            rows.append(torch.cat((torch.stack(context), target)) if context else target)
-            prompts = [*sorted({s for s, _ in picks}), shot]
-            index.append([len(words) + prompts.index(s) for s in [s for s, _ in picks] + [shot] * len(target)])
-            flags.append([s for s, _ in picks] + [shot if picks else 0] * len(target))
+            picks = context_picks([SHOT_FRAMES] * shot, 6) if context else ()
+            target = self.latents[first + shot, :frames]
+            latents += [*(self.stills[first + s, STILLS.index(f)] for s, f in picks), *target]
+            shots = [s for s, _ in picks] + [shot] * len(target)
+            prompts = sorted(set(shots))
+            index.append([len(words) + prompts.index(s) for s in shots])
+            flags.append(shots if picks else [0] * len(target))
             words += [self.words[first + s, paraphrase] for s in prompts]
-        count = len(picks) if kind == "next" else 0
-        cells = torch.stack(
-            [self.coverage[int(self.first[t]) + s, : rows[0].shape[0] - count] for t, s in picked]
-        ).float()
+            cover.append(self.coverage[first + shot, :frames])
+        count = len(flags[0]) - len(cover[0])
         start = 6 - count  # targets sit at 6, 7, ... with and without context
         return Batch(
-            latents=torch.stack(rows).float(),
+            latents=torch.stack(latents).float().unflatten(0, (len(rows), -1)),
             context=count,
-            positions=torch.arange(start, start + rows[0].shape[0]).expand(size, -1),
+            positions=torch.arange(start, start + len(flags[0])).expand(len(rows), -1),
             flags=torch.tensor(flags),
             words=torch.stack(words).long(),
             index=torch.tensor(index),
-            coverage=cells / 255,
+            coverage=torch.stack(cover).float() / 255,
         )
 
     def _pick(self, rng: np.random.Generator, kind: str, history: int | None) -> tuple[int, int]:

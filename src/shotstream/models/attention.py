@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,3 +29,12 @@ def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1) @ v
+
+
+def block_causal_mask(tags: Sequence[int], tokens: int, device: torch.device | None = None) -> Tensor:
+    """Who may look at whom, [l l]: a latent frame sees those whose tag is not above its own.
+
+    Tags: 0 for context, b + 1 for chunk b (method.md section 10); `tokens` per latent frame.
+    """
+    tag = torch.tensor(tags, device=device).repeat_interleave(tokens)
+    return tag[:, None] >= tag[None, :]

@@ -9,6 +9,7 @@ Every latent frame has its own timestep, its own place on the rotary time axis a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -181,6 +182,7 @@ class DiT(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.position_embedding = nn.Linear(config.head_dim, dim) if config.absolute else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
 
@@ -221,6 +223,8 @@ class DiT(nn.Module):
         batch, frames, _, height, width = latents.shape
         assert timesteps.shape == (batch, frames), f"timesteps {tuple(timesteps.shape)} for {batch} x {frames} frames"
         x = self.embed(latents)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(torch.cat(places, dim=-1).to(x.dtype)).unflatten(-2, x.shape[1:3])
         time = self.time_embedding(sinusoid(timesteps, self.config.freq_dim).to(self.dtype))
         time6 = self.time_projection(time).unflatten(-1, (6, -1))
         for layer, block in enumerate(self.blocks):
@@ -254,3 +258,32 @@ def velocity_from_x0(latents: Tensor, x0: Tensor, timesteps: Tensor) -> Tensor:
     wide = torch.promote_types(x0.dtype, torch.float32)
     sigma = (timesteps.to(wide) / 1000).clamp(min=SMALLEST_SIGMA)[:, :, None, None, None]
     return (latents.to(wide) - x0.to(wide)) / sigma
+
+
+_DIFFUSERS = (
+    (r"^(text|time)_embedding\.0\.", r"condition_embedder.\1_embedder.linear_1."),
+    (r"^(text|time)_embedding\.2\.", r"condition_embedder.\1_embedder.linear_2."),
+    (r"^time_projection\.1\.", r"condition_embedder.time_proj."),
+    (r"^head\.head\.", r"proj_out."),
+    (r"^head\.modulation$", r"scale_shift_table"),
+    (r"\.modulation$", r".scale_shift_table"),
+    (r"\.self_attn\.", r".attn1."),
+    (r"\.cross_attn\.", r".attn2."),
+    (r"(attn[12])\.([qkv])\.", r"\1.to_\2."),
+    (r"(attn[12])\.o\.", r"\1.to_out.0."),
+    (r"\.ffn\.0\.", r".ffn.net.0.proj."),
+    (r"\.ffn\.2\.", r".ffn.net.2."),
+    (r"\.norm3\.", r".norm2."),  # the affine norm before cross-attention
+)
+
+
+def diffusers_names(layers: int) -> dict[str, str]:
+    """Parameter names of a DiT with `layers` blocks, and their names in diffusers' `WanTransformer3DModel`."""
+
+    def translate(name: str) -> str:
+        for pattern, replacement in _DIFFUSERS:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    with torch.device("meta"):
+        return {name: translate(name) for name in DiT(DiTConfig(layers=layers)).state_dict()}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 class RunConfig:
     """Where a run lives and how it is optimised."""
 
-    out: str
+    out: str = ""
     steps: int = 1000
     batch: int = 32
     lr: float = 3e-3  # of Muon, for matrices

@@ -1,0 +1,176 @@
+"""How generating is told: a bar on a terminal, lines in a pipe, JSON lines for programs. No torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from shotstream.session import Chunk
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A shot as it will be made. `remembers`: the frames of earlier shots that it sees, as `id@frame`."""
+
+    number: int
+    id: str
+    caption: str
+    global_caption: str
+    seed: int
+    chunks: int
+    frames: int
+    remembers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished video. `seconds` and `fps` are of generating, `video_seconds` of playing."""
+
+    output: str
+    sheet: str | None
+    model: str
+    revision: str
+    seed: int
+    shots: int
+    frames: int
+    seconds: float
+    fps: float
+    first_frame_s: float
+    load_s: float
+    video_seconds: float
+
+
+class Report(Protocol):
+    """What `generate` tells. A context while chunks arrive."""
+
+    def warning(self, text: str) -> None: ...
+    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None: ...
+    def chunk(self, shot: Planned, chunk: Chunk, seconds: float) -> None: ...
+    def summary(self, summary: Summary) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def report(json_events: bool, rehearsal: bool) -> Report:
+    """The report for this place. rehearsal: nothing but the plan will follow, so tell all of it."""
+    if json_events:
+        return JsonReport()
+    if rehearsal:
+        return PlanReport()
+    return BarReport() if sys.stdout.isatty() else LineReport()
+
+
+def event(name: str, **fields: Any) -> None:
+    """One JSON line."""
+    print(json.dumps({"event": name, **fields}, ensure_ascii=False), flush=True)
+
+
+class JsonReport:
+    """One JSON object per line: warning, plan, chunk, summary (and error, from the command)."""
+
+    def warning(self, text: str) -> None:
+        event("warning", message=text)
+
+    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None:
+        event(
+            "plan", title=title, model=model, video_fps=fps, seed=seed, shots=[asdict(shot) for shot in shots]
+        )
+
+    def chunk(self, shot: Planned, chunk: Chunk, seconds: float) -> None:
+        event(
+            "chunk",
+            shot=shot.number,
+            id=shot.id,
+            chunk=chunk.index + 1,
+            chunks=chunk.chunks,
+            is_last=chunk.is_last,
+            frames=len(chunk.frames),
+            seconds=round(seconds, 3),
+            timings={name: round(value, 4) for name, value in chunk.timings.items()},
+        )
+
+    def summary(self, summary: Summary) -> None:
+        event("summary", **asdict(summary))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class LineReport:
+    """Plain lines."""
+
+    def warning(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None:
+        frames = sum(shot.frames for shot in shots)
+        length = f"{counted(len(shots), 'shot')}, {frames} frames, {frames / fps:.1f} s at {fps} fps"
+        print(f"{title or 'untitled'}: {length}, model {model}, seed {seed}", flush=True)
+
+    def chunk(self, shot: Planned, chunk: Chunk, seconds: float) -> None:
+        place = f"shot {shot.number} ({shot.id}), chunk {chunk.index + 1} of {chunk.chunks}"
+        print(f"{seconds:7.2f} s  {place}", flush=True)
+
+    def summary(self, summary: Summary) -> None:
+        speed = f"{summary.fps:.1f} fps, first after {summary.first_frame_s:.2f} s"
+        print(f"{summary.output}: {summary.frames} frames in {summary.seconds:.1f} s ({speed})")
+        if summary.sheet:
+            print(f"{summary.sheet}: contact sheet")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class PlanReport(LineReport):
+    """A rehearsal: every shot, its length, seed and what it will see of the past."""
+
+    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None:
+        super().plan(title, model, fps, seed, shots)
+        for shot in shots:
+            length = f"{shot.frames} frames ({counted(shot.chunks, 'chunk')})"
+            print(f"{shot.number} {shot.id}: {length}, seed {shot.seed}")
+            print(f"    {shot.caption}")
+            print(f"    remembers {' '.join(shot.remembers) or 'nothing'}")
+
+
+class BarReport(LineReport):
+    """A progress bar instead of a line per chunk."""
+
+    _bar: Progress
+
+    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        super().plan(title, model, fps, seed, shots)
+        text = TextColumn("{task.description}", markup=False)
+        self._bar = Progress(text, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._task = self._bar.add_task("starting", total=sum(shot.frames for shot in shots))
+        self._shots = len(shots)
+
+    def chunk(self, shot: Planned, chunk: Chunk, seconds: float) -> None:
+        place = f"shot {shot.number} of {self._shots} ({shot.id})"
+        self._bar.update(self._task, advance=len(chunk.frames), description=place)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 shot", "2 shots"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

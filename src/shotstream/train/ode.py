@@ -1,0 +1,168 @@
+"""Causal initialisation: the teacher's network learns to work chunk by chunk (paper 3.2, method.md 13.2 and 13.3).
+
+    shotstream train ode-pairs --teacher runs/next --out runs/pairs
+    shotstream train ode --pairs runs/pairs --init runs/next --out runs/ode
+
+A pair is the teacher's trajectory from noise to a shot, kept at the student's noise levels. The student sees the whole
+sequence at once behind a block-causal mask, each chunk at a level of its own, and regresses the clean end.
+With `source="data"` the states are data plus noise instead: no teacher is sampled, at the price of means for answers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shotstream.config import Config
+from shotstream.data.storybook import Batch, Stories
+from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, spread, to_x0
+from shotstream.models.attention import block_causal_mask
+from shotstream.train import run
+from shotstream.train.run import Log, Network, Pace, RunConfig, learning_scale
+from shotstream.train.teacher import Model, places
+
+
+@dataclass(frozen=True)
+class ODEConfig:
+    """What is special to this recipe."""
+
+    source: str = "pairs"  # "pairs" (the teacher's trajectories) or "data"
+    pairs: str = ""  # folder of pairs
+    first_shots: float = 0.25  # share of batches without context
+    euler_steps: int = 12  # of the teacher; a multiple of the student's number of steps
+    guidance: float = 2.0
+
+
+@torch.no_grad()
+def trajectory(model: Model, batch: Batch, config: Config, cfg: ODEConfig) -> Tensor:
+    """The teacher's way from noise to the target, at the student's levels and at the end: `b levels+1 f c h w`."""
+    dit, context = model.dit, batch.context
+    where = places(dit, batch.positions, batch.flags, batch.latents.shape)
+    text = model.read(batch.words, batch.index)
+    null = model.read(torch.zeros_like(batch.words[:1]), torch.zeros_like(batch.index))
+    sigmas = euler_sigmas(cfg.euler_steps, config.schedule.shift)
+    wanted = [int((sigmas - s).abs().argmin()) for s in config.schedule.sigmas()]
+    x = torch.cat((batch.latents[:, :context], torch.randn_like(batch.latents[:, context:])), dim=1)
+    states = []
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        if i in wanted:
+            states.append(x[:, context:])
+        timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS)
+        timesteps[:, :context] = 0
+        velocity = guide(dit(x, timesteps, text, where), dit(x, timesteps, null, where), cfg.guidance).float()
+        move = spread((following - sigma).expand(x.shape[:2]).clone(), x)
+        move[:, :context] = 0
+        x = x + move * velocity
+    return torch.stack((*states, x[:, context:]), dim=1)
+
+
+def write_pairs(
+    out: Path, model: Model, stories: Stories, config: Config, cfg: ODEConfig, shards: int, size: int, seed: int = 0
+) -> None:
+    """Write `shards` files of `size` pairs; those that exist are kept, so several processes and restarts add up."""
+    out.mkdir(parents=True, exist_ok=True)
+    for number in range(shards):
+        path = out / f"pairs-{number:05d}.safetensors"
+        if path.exists():
+            continue
+        rng = run.seed_everything(seed * 1_000_000 + number)
+        kind = "shot" if rng.random() < cfg.first_shots else "next"
+        batch = stories.batch(rng, size, kind)
+        states = trajectory(model, batch, config, cfg)
+        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "context"}
+        tensors |= {
+            "latents": batch.latents[:, : batch.context].bfloat16(),
+            "states": states.bfloat16(),
+        }
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished)
+        os.replace(unfinished, path)
+
+
+def read_pairs(path: Path) -> tuple[Batch, Tensor]:
+    """A shard: the batch (its target latents are the trajectory's end) and the states."""
+    tensors = load_file(path)
+    states = tensors.pop("states").float()
+    context = tensors["latents"].float()
+    latents = torch.cat((context, states[:, -1]), dim=1)
+    return Batch(**{**tensors, "latents": latents, "context": context.shape[1]}), states
+
+
+def noised(batch: Batch, sigmas: tuple[float, ...]) -> Tensor:
+    """States made of data: the target plus one draw of noise at each level, `b levels+1 f c h w`."""
+    clean = batch.latents[:, batch.context :]
+    noise = torch.randn_like(clean)
+    return torch.stack([*(add_noise(clean, noise, torch.tensor(s)) for s in sigmas), clean], dim=1)
+
+
+def loss(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.random.Generator) -> Tensor:
+    """Mean squared error of x0 where there is noise; each chunk at a level of its own (0 .. steps; the last is clean)."""
+    dit, context = model.dit, batch.context
+    levels = torch.tensor((*config.schedule.sigmas(), 0.0))
+    target = states[:, -1]
+    count, frames = target.shape[:2]
+    chunks = frames // config.chunk
+    level = torch.from_numpy(rng.integers(len(levels), size=(count, chunks))).repeat_interleave(config.chunk, dim=1)
+    x = states[torch.arange(count)[:, None], level, torch.arange(frames)[None]]
+    x = torch.cat((batch.latents[:, :context], x), dim=1)
+    sigmas = torch.cat((torch.zeros(count, context), levels[level]), dim=1)
+    tags = [0] * context + [1 + i // config.chunk for i in range(frames)]
+    tokens = (x.shape[-1] // dit.config.patch) * (x.shape[-2] // dit.config.patch)
+    velocity = dit(
+        x,
+        sigmas * TIMESTEPS,
+        model.read(batch.words, batch.index),
+        places(dit, batch.positions, batch.flags, x.shape),
+        mask=block_causal_mask(tags, tokens, x.device),
+    )
+    x0 = to_x0(x, velocity, sigmas)[:, context:]
+    error = (x0 - target).square().mean((2, 3, 4))
+    noisy = (sigmas[:, context:] > 0).float()
+    return (error * noisy).sum() / noisy.sum().clamp(min=1)
+
+
+def train(model: Config, cfg: ODEConfig, runs: RunConfig, stories: Stories, masters: Model) -> Network:
+    """Train until `runs.steps`; resumes from `runs.out`."""
+    rank, _ = run.start_processes()
+    out = Path(runs.out)
+    rng = run.seed_everything(runs.seed, rank)
+    log = Log(out, enabled=rank == 0)
+    masters.text.requires_grad_(False)  # trained with the teacher; frozen from here on
+    network = Network(masters, runs)
+    shards = sorted(Path(cfg.pairs).glob("pairs-*.safetensors")) if cfg.source == "pairs" else []
+    if cfg.source == "pairs" and not shards:
+        raise FileNotFoundError(f"{cfg.pairs}: no pairs; write them with `shotstream train ode-pairs`")
+    step = 0
+    if state := run.resume(out / "checkpoint.pt"):
+        network.load_state_dict(state["network"])
+        run.restore_random_state(rng, state["random"])
+        step = state["step"]
+    run.write_config(out, model=model, recipe=cfg, run=runs)
+    pace = Pace(runs)
+    while step < runs.steps:
+        if shards:
+            batch, states = read_pairs(shards[int(rng.integers(len(shards)))])
+        else:
+            kind = "shot" if rng.random() < cfg.first_shots else "next"
+            batch = stories.batch(rng, runs.batch, kind)
+            states = noised(batch, model.schedule.sigmas())
+        value = loss(network.compute, batch, states, model, rng)  # type: ignore[arg-type]
+        value.backward()  # type: ignore[no-untyped-call]
+        norm = network.step(learning_scale(step, runs))
+        step += 1
+        pace.add(value.item())
+        if step % runs.log_every == 0:
+            log.write(step=step, norm=norm, **pace.read(step))
+        if rank == 0 and (pace.save_due() or step == runs.steps):
+            run.save(
+                out / "checkpoint.pt",
+                {"network": network.state_dict(), "random": run.random_state(rng), "step": step},
+            )
+    return network
