@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shotstream.evaluation.commands import eval_app
+from shotstream.train.commands import train_app
+
 if TYPE_CHECKING:
     from shotstream.config import Config
     from shotstream.pipeline import Pipeline
@@ -35,6 +38,8 @@ app = typer.Typer(
 )
 story_app = typer.Typer(help="Write, check and convert story files.", no_args_is_help=True)
 app.add_typer(story_app, name="story")
+app.add_typer(train_app, name="train")
+app.add_typer(eval_app, name="eval")
 
 FAILED, USAGE, MISSING, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 130
 

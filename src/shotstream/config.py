@@ -47,7 +47,7 @@ class PatchVAEConfig:
 
     channels: int = 48
     patch: int = 16
-    widths: tuple[int, ...] = (192, 96, 48)
+    widths: tuple[int, ...] = (160, 96)
     blocks: int = 2
 
 
@@ -76,6 +76,10 @@ class UMT5Config:
     dim: int = 4096
 
 
+SHOTSTREAM = NoiseSchedule(steps=(1000, 740, 500, 260), shift=8.0)
+RELEASED = DualBuffer()
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that defines a model, resolved; written beside every checkpoint and result."""
@@ -89,8 +93,8 @@ class Config:
     dit: DiTConfig
     vae: PatchVAEConfig | WanVAEConfig
     text: WordsConfig | UMT5Config
-    schedule: NoiseSchedule = NoiseSchedule(steps=(1000, 740, 500, 260), shift=8.0)
-    policy: DualBuffer = DualBuffer()
+    schedule: NoiseSchedule = SHOTSTREAM
+    policy: DualBuffer = RELEASED
     chunk: int = 3  # latent frames denoised together
     temporal_stride: int = 4
     spatial_stride: int = 8
@@ -156,7 +160,7 @@ PRESETS: dict[str, Config] = {
         dit=DiTConfig(
             dim=64, ffn_dim=128, heads=2, layers=2, text_dim=32, freq_dim=32, channels=8, prediction="x0", absolute=True
         ),
-        vae=PatchVAEConfig(channels=8, widths=(16, 16, 8), blocks=1),
+        vae=PatchVAEConfig(channels=8, widths=(16, 16), blocks=1),
         text=WordsConfig(dim=32, heads=2),
     ),
 }

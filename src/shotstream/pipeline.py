@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class VAE(Protocol):
 
     def context_latents(self, frames: Tensor) -> Tensor: ...
 
-    def decode(self, latents: Tensor, state: object | None = None) -> tuple[Tensor, object]: ...
+    def decode(self, latents: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load(model: str | Path = "storybook", device: str = "cpu") -> Pipeline:
         path = Path(model)
         if path.suffix != ".safetensors":
             raise ModelError(
-                f"unknown model {str(model)!r}; known: {', '.join((*BUILT_IN, 'tiny'))}, or the path of a .safetensors file"
+                f"unknown model {str(model)!r}; known: {', '.join((*BUILT_IN, 'tiny'))}, or a .safetensors file"
             )
     return _read(path, device)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -149,20 +150,16 @@ class Roll:
             self._remember(self.policy.fit(self.memory.frames, new).memory)
             forward = self._forward("denoise", new)
             shape = (batch, size, *self.latent_shape)
-            x0 = denoise_chunk(
-                forward,
-                lambda step, chunk=chunk, shape=shape: noise.draw(chunk, step, shape).to(
-                    self.dit.device, self.dit.dtype
-                ),
-                self.schedule,
-                exit_step,
-            )
+            x0 = denoise_chunk(forward, partial(self._draw, noise, chunk, shape), self.schedule, exit_step)
             self.memory.count += size
             yield x0
             if chunk + 1 < chunks:
                 with torch.no_grad():
                     self._forward("commit", new, write=True)(x0.detach(), 0.0)
                 self._remember(self.policy.settle(self.memory.frames, new).memory)
+
+    def _draw(self, noise: Noise, chunk: int, shape: tuple[int, ...], step: int) -> Tensor:
+        return noise.draw(chunk, step, shape).to(self.dit.device, self.dit.dtype)
 
     def _cut(self, new: tuple[Frame, ...], context: Callable[[tuple[Frame, ...]], Tensor]) -> None:
         """Start a shot: the policy says what is remembered and what must be computed first (the prefill)."""

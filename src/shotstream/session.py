@@ -111,6 +111,20 @@ class Session:
         self.cuts += 1
         return shot
 
+    @torch.no_grad()
+    def adopt(self, frames: Tensor, caption: str, *, global_caption: str = "") -> None:
+        """Take `frames` (`t c h w` in [-1, 1], 4k+1 of them) as the next finished shot, as if it had been generated.
+
+        Raises ValueError while shots are queued: the past cannot be put after the future.
+        """
+        if self.queue:
+            raise ValueError("adopt a clip before the next shot is queued, or stream the queue first")
+        prompt = self.pipeline.prompt(global_caption, self.cuts, caption)
+        self._roll.prompts.add(self.cuts, self.pipeline.text.encode([prompt]))
+        wanted = candidates(len(frames), self.budget)
+        self._finish(self.cuts, Stills(len(frames), {f: frames[f] for f in wanted}))
+        self.cuts += 1
+
     def stream(self) -> Iterator[Chunk]:
         """Generate the queued shots, yielding each chunk as soon as it is decoded; ends when the queue is empty.
 
@@ -143,7 +157,8 @@ class Session:
             first += len(frames)
             done = time.perf_counter()
             if index + 1 == shot.chunks:
-                self._finish(shot, stills)
+                self.queue.popleft()  # before its last chunk is handed out: the stream may be closed there
+                self._finish(shot.index, stills)
             yield Chunk(
                 frames=to_uint8(frames),
                 latents=x0[0],
@@ -154,12 +169,11 @@ class Session:
                 timings={"denoise": denoised - begun, "decode": done - denoised},
             )
 
-    def _finish(self, shot: Shot, stills: Stills) -> None:
+    def _finish(self, shot: int, stills: Stills) -> None:
         """Let the shot join the history; forget what can never be context again."""
-        self.queue.popleft()  # before its last chunk is handed out: the stream may be closed there
-        self._stills[shot.index] = stills
+        self._stills[shot] = stills
         self._roll.memory.shots = (*self._roll.memory.shots, stills.pictures)
-        reach = shot.index + 1 - self.budget  # with more shots than budget only the last ones give a frame each
+        reach = shot + 1 - self.budget  # with more shots than budget only the last ones give a frame each
         self._stills = {i: s for i, s in self._stills.items() if i >= reach}
         self._roll.prompts.retain(set(self._stills))
 

@@ -23,7 +23,7 @@ from shotstream.models.patch_vae import PatchVAE
 from shotstream.models.text import Words
 from shotstream.storybook.captions import captions
 from shotstream.storybook.draw import SHOT_FRAMES, render_shot
-from shotstream.storybook.world import sample_world
+from shotstream.storybook.world import Split, sample_world
 
 SHARD = 64
 # Every frame that the context rule can pick from a shot of 21 frames, whatever the number of shots.
@@ -51,7 +51,7 @@ def coverage(mask: np.ndarray, patch: int) -> Tensor:
     return torch.from_numpy(per_latent.reshape(f, h // patch, patch, w // patch, patch).mean((2, 4)))
 
 
-def write_shards(out: Path, vae: PatchVAE, stories: int, split: str, first_seed: int = 0) -> None:
+def write_shards(out: Path, vae: PatchVAE, stories: int, split: Split, first_seed: int = 0) -> None:
     """Write shards of `stories` stories; shards that exist already are kept, so the command can be resumed."""
     out.mkdir(parents=True, exist_ok=True)
     for start in range(first_seed, first_seed + stories, SHARD):
@@ -65,7 +65,7 @@ def write_shards(out: Path, vae: PatchVAE, stories: int, split: str, first_seed:
         unfinished.rename(path)
 
 
-def _shard(vae: PatchVAE, split: str, seeds: range) -> tuple[dict[str, Tensor], str]:
+def _shard(vae: PatchVAE, split: Split, seeds: range) -> tuple[dict[str, Tensor], str]:
     latents, stills, cover, shots = [], [], [], []
     for seed in seeds:
         world = sample_world(seed, split)
@@ -99,7 +99,7 @@ class Batch:
 class Stories:
     """All shards of a folder, memory-mapped by safetensors and held as one table of shots."""
 
-    def __init__(self, folder: Path, text: Words, split: str = "train", paraphrases: int = 4, limit: int = 0) -> None:
+    def __init__(self, folder: Path, text: Words, split: Split = "train", paraphrases: int = 4, limit: int = 0) -> None:
         paths = sorted(folder.glob(f"{split}-*.safetensors"))[: limit or None]
         if not paths:
             raise FileNotFoundError(f"{folder}: no {split}-*.safetensors; make them with `shotstream data storybook`")
@@ -116,7 +116,7 @@ class Stories:
         self.first = np.concatenate([[0], np.cumsum(counts)])  # first shot of each story
         self.words = self._words(text, split, paraphrases)
 
-    def _words(self, text: Words, split: str, paraphrases: int) -> Tensor:
+    def _words(self, text: Words, split: Split, paraphrases: int) -> Tensor:
         rows = []
         for seed in self.seeds:
             world = sample_world(seed, split)
@@ -144,7 +144,10 @@ class Stories:
         self, rows: list[tuple[int, int]], rng: np.random.Generator, context: bool, frames: int | None = None
     ) -> Batch:
         """The batch of these (story, shot) pairs; `frames`: only so many latent frames of the target."""
-        latents, words, index, flags, cover = [], [], [], [], []
+        latents: list[Tensor] = []
+        words: list[Tensor] = []
+        cover: list[Tensor] = []
+        index, flags = [], []
         for story, shot in rows:
             first = int(self.first[story])
             paraphrase = int(rng.integers(self.words.shape[1]))

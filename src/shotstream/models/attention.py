@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention. q `[b l n d]`, k and v `[b s n d]`, mask `[l s]` or `[b 1 l s]` (True = may look) -> `[b l n d]`.
+    """Softmax attention: q [b l n d], k and v [b s n d], mask [l s] or [b 1 l s] (True = may look) -> [b l n d].
 
     On the CPU two plain matrix products beat the fused kernel for our lengths, in bf16 by a factor (docs/LOG.md);
     elsewhere the fused kernel is used.

@@ -10,7 +10,7 @@ Every latent frame has its own timestep, its own place on the rotary time axis a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -194,6 +194,10 @@ class DiT(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
+    def layers(self) -> Iterator[Block]:
+        """The blocks, typed."""
+        return (block for block in self.blocks if isinstance(block, Block))
+
     def read(self, states: Tensor, index: Tensor) -> Text:
         """Project text-encoder states [p s text_dim] to every layer's cross-attention keys and values.
 
@@ -201,7 +205,7 @@ class DiT(nn.Module):
         each latent frame reads.
         """
         embedded = self.text_embedding(states.to(self.dtype))
-        attentions = [block.cross_attn for block in self.blocks]
+        attentions = [block.cross_attn for block in self.layers()]
         return Text(
             tuple(a.keys(embedded) for a in attentions), tuple(a.values(embedded) for a in attentions), index
         )
@@ -227,7 +231,7 @@ class DiT(nn.Module):
             x = x + self.position_embedding(torch.cat(places, dim=-1).to(x.dtype)).unflatten(-2, x.shape[1:3])
         time = self.time_embedding(sinusoid(timesteps, self.config.freq_dim).to(self.dtype))
         time6 = self.time_projection(time).unflatten(-1, (6, -1))
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers()):
             extend = partial(memory.extend, layer) if memory else None
             x = block(x, time6, (text.keys[layer], text.values[layer], text.index), places, extend, mask)
         out = rearrange(
@@ -243,7 +247,7 @@ class DiT(nn.Module):
         return velocity_from_x0(latents, out, timesteps)
 
     def embed(self, latents: Tensor) -> Tensor:
-        """Patches `b f c h w` -> tokens `b f l d`, row by row. The convolution has stride = kernel: a matrix product."""
+        """Patches `b f c h w` -> tokens `b f l d`; a convolution with stride = kernel is a matrix product."""
         p = self.config.patch
         patches = rearrange(latents.to(self.dtype), "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)

@@ -10,6 +10,7 @@ Same two methods as the Wan VAE: `encode`, `decode(latents, state)`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -46,6 +47,9 @@ class PatchVAE(nn.Module):
     """frames `b f c h w` in [-1, 1] <-> latents `b f c h/16 w/16`."""
 
     temporal_stride = STRIDE
+    mean: Tensor
+    project: Tensor
+    unproject: Tensor
 
     def __init__(self, config: PatchVAEConfig) -> None:
         super().__init__()
@@ -59,9 +63,9 @@ class PatchVAE(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(w) for _ in range(config.blocks))) for w in widths
         )
-        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in pairwise(widths))
         self.pixel = config.patch // 2 ** (len(widths) - 1)  # pixels a cell of the last stage draws, per side
-        self.leave = nn.Conv2d(widths[-1], STRIDE * 3 * self.pixel**2, 3, padding=1)
+        self.leave = nn.Conv2d(widths[-1], STRIDE * 3 * self.pixel**2, 1)
         nn.init.zeros_(self.leave.weight)
 
     @property

@@ -49,7 +49,7 @@ def rotation(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Rotation:
-    """cos and sin for latent frames at `places` = ((position, phase), ...); cached, they repeat for every layer and step.
+    """cos and sin for latent frames at `places` = ((position, phase), ...); cached: layers and steps repeat them.
 
     Angles are formed in float64; the tables are float32 (or float64 for float64 networks).
     """

@@ -64,7 +64,7 @@ def psnr(vae: PatchVAE, frames: Tensor) -> float:
     return float(10 * torch.log10(4 / (back.clamp(-1, 1) - frames).square().mean()))
 
 
-def train(model: Config, cfg: AutoencoderConfig, runs: RunConfig, masters: PatchVAE) -> Network:
+def train(model: Config, cfg: AutoencoderConfig, runs: RunConfig, masters: PatchVAE) -> Network[PatchVAE]:
     """Train the decoder of `masters`, whose linear part is fitted; `runs.batch` counts shots."""
     out = Path(runs.out)
     rng = run.seed_everything(runs.seed)
@@ -79,13 +79,13 @@ def train(model: Config, cfg: AutoencoderConfig, runs: RunConfig, masters: Patch
     run.write_config(out, model=model, recipe=cfg, run=runs)
     pace = Pace(runs)
     while step < runs.steps:
-        value = loss(network.compute, batch(rng, runs.batch, cfg.first_seed), cfg)  # type: ignore[arg-type]
-        value.backward()  # type: ignore[no-untyped-call]
+        value = loss(network.compute, batch(rng, runs.batch, cfg.first_seed), cfg)
+        value.backward()
         network.step(learning_scale(step, runs))
         step += 1
         pace.add(value.item())
         if step % runs.log_every == 0:
-            log.write(step=step, psnr=psnr(network.ema, held_out), **pace.read(step))  # type: ignore[arg-type]
+            log.write(step=step, psnr=psnr(network.ema, held_out), **pace.read(step))
         if pace.save_due() or step == runs.steps:
             run.save(
                 out / "checkpoint.pt",

@@ -1,4 +1,4 @@
-"""Self-forcing distillation: the student rolls out its own shots, and DMD compares their distribution with the teacher's.
+"""Self-forcing distillation: the student rolls out its own shots, DMD compares their distribution with the teacher's.
 
     shotstream train dmd --teacher runs/next --init runs/ode --out runs/stage1
     shotstream train dmd --teacher runs/next --init runs/stage1 --out runs/stage2 --set history=own
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from shotstream.config import Config
-from shotstream.data.storybook import SHOT_FRAMES, Batch, Stories
+from shotstream.data.storybook import Batch, Stories
 from shotstream.flow import TIMESTEPS, add_noise, guide, to_x0
 from shotstream.memory.plan import Frame
 from shotstream.memory.policies.dual_buffer import context_picks
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.rollout import Noise, Prompts, Roll, new_memory
+from shotstream.storybook.draw import SHOT_FRAMES
 from shotstream.train import run
 from shotstream.train.run import Log, Network, Pace, RunConfig, learning_scale
 from shotstream.train.teacher import Model, places
@@ -59,15 +60,16 @@ class FreshNoise:
 class Trio:
     """The three networks of DMD."""
 
-    student: Network
-    critic: Network
+    student: Network[Model]
+    critic: Network[Model]
     teacher: Model
 
 
 def rollout(model: Model, config: Config, batch: Batch, noise: Noise, exit_step: int | None) -> Tensor:
     """The student's shots `b f c h w` for the prompts and context of `batch`, by the code of inference."""
     context, size = batch.context, len(batch.latents)
-    shape = tuple(batch.latents.shape[2:])
+    channels, height, width = batch.latents.shape[2:]
+    shape = (channels, height, width)
     flags = batch.flags[0].tolist()
     roll = Roll(
         model.dit, config.policy, config.schedule, new_memory(model.dit, shape), Prompts(model.dit), shape
@@ -109,7 +111,7 @@ def student_loss(trio: Trio, batch: Batch, x: Tensor, rng: np.random.Generator, 
     with torch.no_grad():
         sigma = compare_at(rng, len(x), cfg)
         noisy = add_noise(x, torch.randn_like(x), sigma)
-        fake = predict(trio.critic.compute, batch, noisy, sigma, batch.words)  # type: ignore[arg-type]
+        fake = predict(trio.critic.compute, batch, noisy, sigma, batch.words)
         text = predict(trio.teacher, batch, noisy, sigma, batch.words)
         null = predict(trio.teacher, batch, noisy, sigma, torch.zeros_like(batch.words))
         real = guide(text, null, cfg.guidance)
@@ -122,7 +124,7 @@ def critic_loss(trio: Trio, batch: Batch, x: Tensor, rng: np.random.Generator, c
     """Flow matching of the critic on the student's shots, in velocity."""
     sigma = compare_at(rng, len(x), cfg)
     noise = torch.randn_like(x)
-    x0 = predict(trio.critic.compute, batch, add_noise(x, noise, sigma), sigma, batch.words)  # type: ignore[arg-type]
+    x0 = predict(trio.critic.compute, batch, add_noise(x, noise, sigma), sigma, batch.words)
     # velocity error = x0 error / sigma; below .3 the weight stops rising, as in the teacher's loss
     return ((x0 - x).square().mean((1, 2, 3, 4)) / sigma.clamp(min=0.3).square()).mean()
 
@@ -189,14 +191,14 @@ def train(
     student: Model,
     teacher: Model,
     vae: PatchVAE | None = None,
-) -> Network:
+) -> Network[Model]:
     """Train until `runs.steps` updates (student and critic together); resumes from `runs.out`."""
     rank, _ = run.start_processes()
     out = Path(runs.out)
     rng = run.seed_everything(runs.seed, rank)
     log = Log(out, enabled=rank == 0)
-    for network in (student, teacher):
-        network.text.requires_grad_(False)
+    student.text.requires_grad_(False)
+    teacher.text.requires_grad_(False)
     critic_runs = replace(runs, lr=cfg.critic_lr, lr_adam=cfg.critic_lr / 3)
     trio = Trio(Network(student, runs), Network(copy.deepcopy(teacher), critic_runs), teacher)
     step = 0
@@ -214,16 +216,16 @@ def train(
         exit_step, noise = int(rng.integers(levels)), FreshNoise()
         learn = step % (cfg.critic_steps + 1) == 0
         with torch.set_grad_enabled(learn):
-            x = rollout(trio.student.compute, model, batch, noise, exit_step)  # type: ignore[arg-type]
+            x = rollout(trio.student.compute, model, batch, noise, exit_step)
         if learn:
             value, network = student_loss(trio, batch, x, rng, cfg), trio.student
         else:
             value, network = critic_loss(trio, batch, x, rng, cfg), trio.critic
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         network.step(learning_scale(step, runs))
         if finished:
             with torch.no_grad():
-                finished(rollout(trio.student.compute, model, batch, noise, None))  # type: ignore[arg-type]
+                finished(rollout(trio.student.compute, model, batch, noise, None))
         step += 1
         pace.add(value.item(), "student" if learn else "critic")
         if step % runs.log_every == 0:

@@ -92,7 +92,8 @@ def read_pairs(path: Path) -> tuple[Batch, Tensor]:
     states = tensors.pop("states").float()
     context = tensors["latents"].float()
     latents = torch.cat((context, states[:, -1]), dim=1)
-    return Batch(**{**tensors, "latents": latents, "context": context.shape[1]}), states
+    del tensors["latents"]
+    return Batch(latents=latents, context=context.shape[1], **tensors), states
 
 
 def noised(batch: Batch, sigmas: tuple[float, ...]) -> Tensor:
@@ -103,7 +104,7 @@ def noised(batch: Batch, sigmas: tuple[float, ...]) -> Tensor:
 
 
 def loss(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.random.Generator) -> Tensor:
-    """Mean squared error of x0 where there is noise; each chunk at a level of its own (0 .. steps; the last is clean)."""
+    """Mean squared error of x0 where there is noise; each chunk at a level of its own (the last level is clean)."""
     dit, context = model.dit, batch.context
     levels = torch.tensor((*config.schedule.sigmas(), 0.0))
     target = states[:, -1]
@@ -128,7 +129,7 @@ def loss(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.ran
     return (error * noisy).sum() / noisy.sum().clamp(min=1)
 
 
-def train(model: Config, cfg: ODEConfig, runs: RunConfig, stories: Stories, masters: Model) -> Network:
+def train(model: Config, cfg: ODEConfig, runs: RunConfig, stories: Stories, masters: Model) -> Network[Model]:
     """Train until `runs.steps`; resumes from `runs.out`."""
     rank, _ = run.start_processes()
     out = Path(runs.out)
@@ -153,8 +154,8 @@ def train(model: Config, cfg: ODEConfig, runs: RunConfig, stories: Stories, mast
             kind = "shot" if rng.random() < cfg.first_shots else "next"
             batch = stories.batch(rng, runs.batch, kind)
             states = noised(batch, model.schedule.sigmas())
-        value = loss(network.compute, batch, states, model, rng)  # type: ignore[arg-type]
-        value.backward()  # type: ignore[no-untyped-call]
+        value = loss(network.compute, batch, states, model, rng)
+        value.backward()
         norm = network.step(learning_scale(step, runs))
         step += 1
         pace.add(value.item())

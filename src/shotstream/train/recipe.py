@@ -9,14 +9,14 @@ Stage `name` lives in `<out>/<name>`; a stage that has reached its steps is skip
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from shotstream.checkpoints import write_model
-from shotstream.config import PRESETS, Config, override
+from shotstream.config import PRESETS, Config, PatchVAEConfig, WordsConfig, override
 from shotstream.data.storybook import Stories, fit_vae, write_shards
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.pipeline import build
@@ -43,7 +43,7 @@ class PairsConfig:
 
     shards: int = 20
     size: int = 16
-    ode: ODEConfig = ODEConfig()
+    ode: ODEConfig = field(default_factory=ODEConfig)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stage:
 
     name: str
     task: DataConfig | AutoencoderConfig | TeacherConfig | PairsConfig | ODEConfig | DMDConfig
-    runs: RunConfig = RunConfig()
+    runs: RunConfig = field(default_factory=RunConfig)
     init: str = ""
 
 
@@ -94,12 +94,12 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, pairs
     )
 
 
-_TINY = dataclasses.replace(
+_SMOKE = dataclasses.replace(
     PRESETS["storybook"],
     name="storybook-smoke",
     dit=dataclasses.replace(PRESETS["storybook"].dit, dim=64, ffn_dim=128, heads=1, layers=2, text_dim=64),
-    text=dataclasses.replace(PRESETS["storybook"].text, dim=64, heads=2),
-    vae=dataclasses.replace(PRESETS["storybook"].vae, widths=(32, 16, 16), blocks=1),  # type: ignore[call-arg]
+    text=WordsConfig(dim=64, heads=2),
+    vae=PatchVAEConfig(widths=(32, 16), blocks=1),
 )
 
 RECIPES: dict[str, Recipe] = {
@@ -107,7 +107,7 @@ RECIPES: dict[str, Recipe] = {
     "storybook-large": _storybook(
         PRESETS["storybook-large"], 4.0, 64, DataConfig(30_000), PairsConfig(shards=100, size=32)
     ),
-    "storybook-smoke": _storybook(_TINY, 0.03, 4, DataConfig(64, 24), PairsConfig(shards=2, size=4)),
+    "storybook-smoke": _storybook(_SMOKE, 0.03, 4, DataConfig(64, 24), PairsConfig(shards=2, size=4)),
 }
 
 

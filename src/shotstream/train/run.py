@@ -14,12 +14,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ class RunConfig:
     dtype: str = "bfloat16"
 
 
-class Network:
-    """A trained module: float32 masters, the bf16 copy that computes, their average, and the optimisers."""
+class Network(Generic[M]):
+    """A trained module: float32 masters, the copy that computes, their average, and the optimisers."""
 
-    def __init__(self, masters: nn.Module, config: RunConfig) -> None:
+    def __init__(self, masters: M, config: RunConfig) -> None:
         self.masters = masters
-        self.ema = copy.deepcopy(masters).requires_grad_(False)
+        self.ema = copy.deepcopy(masters)
+        self.ema.requires_grad_(False)
         self.compute = copy.deepcopy(masters).to(getattr(torch, config.dtype))
         self.config = config
         self.optimizers = optimizers(masters, config)

@@ -9,6 +9,7 @@ One recipe, three kinds of batches, trained one after the other from scratch: si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def loss(model: Model, batch: Batch, rng: np.random.Generator, config: TeacherCo
     return (error * weight * fine).sum() / weight.sum()
 
 
-def train(model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Stories, masters: Model) -> Network:
+def train(model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Stories, masters: Model) -> Network[Model]:
     """Train until `runs.steps`; resumes from `runs.out` if it holds a checkpoint."""
     rank, _ = run.start_processes()
     out = Path(runs.out)
@@ -105,7 +106,7 @@ def train(model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Stories, 
         step = state["step"]
     run.write_config(out, model=model, recipe=cfg, run=runs)
     if cfg.compile:
-        for block in network.compute.dit.blocks:
+        for block in network.compute.dit.layers():
             block.compile(dynamic=False)
     pace = run.Pace(runs)
     while step < runs.steps:
@@ -113,8 +114,8 @@ def train(model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Stories, 
         if kind == "next" and rng.random() < cfg.first_shots:
             kind = "shot"
         batch = stories.batch(rng, runs.batch, kind)
-        value = loss(network.compute, batch, rng, cfg)  # type: ignore[arg-type]
-        value.backward()  # type: ignore[no-untyped-call]
+        value = loss(network.compute, batch, rng, cfg)
+        value.backward()
         norm = network.step(learning_scale(step, runs))
         step += 1
         pace.add(value.item(), kind)
@@ -139,7 +140,7 @@ def sample(
     null = model.read(torch.zeros_like(batch.words[:1]), torch.zeros_like(batch.index))
     x = torch.cat((batch.latents[:, :context], torch.randn_like(batch.latents[:, context:])), dim=1)
     sigmas = euler_sigmas(steps, shift)
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in pairwise(sigmas):
         timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS)
         timesteps[:, :context] = 0
         velocity = guide(dit(x, timesteps, text, where), dit(x, timesteps, null, where), guidance).float()
