@@ -183,28 +183,13 @@ def test_an_unknown_field_further_in(written):
     assert "config.policy: unknown field 'windo' in DualBuffer; did you mean 'window'" in message
 
 
-ESCAPES = pytest.mark.xfail(raises=TypeError, strict=True, reason="pipeline._read lets TypeError through")
-
-
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [
-        *(("config", value) for value in (None, "", "{", "[]")),
-        pytest.param("config", "3", marks=ESCAPES),
-        pytest.param("config", '{"vae": 3}', marks=ESCAPES),
-        *(("vocabulary", value) for value in (None, "", "{", "[]")),
-        pytest.param("vocabulary", "3", marks=ESCAPES),
-        ("vocabulary", '["bear"]'),  # well-formed, but not the words of these weights
-    ],
-)
+@pytest.mark.parametrize("value", [None, "", "{", "[]", "3", '{"vae": 3}', '["bear"]'])
+@pytest.mark.parametrize("entry", ["config", "vocabulary"])
 def test_damaged_metadata(written, entry, value):
     refused(rewrite(written, **{entry: value}))
 
 
-@pytest.mark.parametrize(
-    "part",
-    [*("vae", "dit", "schedule"), *(pytest.param(part, marks=ESCAPES) for part in ("prompt", "height"))],
-)
+@pytest.mark.parametrize("part", ["vae", "dit", "schedule", "prompt", "height"])
 def test_a_missing_field(written, part):
     config = json.loads(metadata_of(written)["config"])
     del config[part]
@@ -233,10 +218,13 @@ def test_a_wider_network_than_the_weights(written):
 
 def test_random_weights_are_the_same_each_time_and_leave_the_random_state_alone():
     """The "tiny" model is for tests: two loads give one story."""
-    torch.manual_seed(3)
-    before = torch.random.get_rng_state()
-    first, second = (pipeline._random(CONFIG, "cpu") for _ in range(2))
-    assert torch.equal(torch.random.get_rng_state(), before)
+    models = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        models.append(pipeline._random(CONFIG, "cpu"))
+        assert torch.equal(torch.random.get_rng_state(), before)
+    first, second = models
     for name in NAMES:
         ours, theirs = getattr(first, name).state_dict(), getattr(second, name).state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())

@@ -13,6 +13,7 @@ from shotstream.config import PRESETS, DiTConfig
 from shotstream.memory.plan import Call, Frame
 from shotstream.memory.policies.dual_buffer import DualBuffer
 from shotstream.memory.store import BoundMemory, FrameStore
+from shotstream.models.attention import _fused_attention, _matmul_attention, block_causal_mask
 from shotstream.models.dit import DiT, Text, diffusers_names, velocity_from_x0
 from shotstream.models.rope import places, rotation
 from shotstream.rollout import Prompts
@@ -87,10 +88,10 @@ def test_teacher_without_phase_is_plain_wan(dit):
 
 
 def test_block_causal_pass(dit):
-    tag = torch.tensor([0] * 6 + [1] * 3 + [2] * 3 + [3] * 3).repeat_interleave(GRID[0] * GRID[1])
+    mask = block_causal_mask([0] * 6 + [1] * 3 + [2] * 3 + [3] * 3, GRID[0] * GRID[1])
     timesteps = [0.0] * 6 + [TIMESTEPS[0]] * 3 + [TIMESTEPS[1]] * 3 + [0.0] * 3
     sequence = torch.cat((CONTEXT, NOISY), dim=1)
-    velocity = one_pass(dit, sequence, timesteps, FLAGS, FLAGS, mask=tag[:, None] >= tag[None, :])
+    velocity = one_pass(dit, sequence, timesteps, FLAGS, FLAGS, mask=mask)
     assert difference(velocity, "block_causal_velocity") < 2e-6
 
 
@@ -245,6 +246,22 @@ def test_diffusers_names_at_full_size():
     names = diffusers_names(30)
     assert set(names) == set(ours)
     assert {other: ours[name].shape for name, other in names.items()} == shapes
+
+
+# -- attention
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_kinds_of_attention_agree(masked):
+    """Also where a row may look at nothing: its value is not read, but must be a number."""
+    q, k, v = (uniform(key, (2, 3, length, 16)) for key, length in ((1, 6), (2, 9), (3, 9)))
+    mask = torch.rand(2, 1, 6, 9, generator=torch.Generator().manual_seed(0)) > 0.4
+    mask[1, 0, 2] = False
+    ours, theirs = (attend(q, k, v, mask if masked else None) for attend in (_matmul_attention, _fused_attention))
+    assert ours.isfinite().all()
+    assert theirs.isfinite().all()
+    readable = mask.any(-1).expand(2, 3, 6) if masked else torch.ones(2, 3, 6, dtype=torch.bool)
+    assert torch.allclose(ours[readable], theirs[readable], atol=1e-14)
 
 
 # -- what the network promises beside numbers

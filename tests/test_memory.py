@@ -86,9 +86,7 @@ class Recorder:
         self.calls.append((inputs[0], float(inputs[1][0, 0]), velocity))
 
 
-def recorded(
-    dit: DiT, make: Callable[[], list[Tensor]]
-) -> tuple[list[Tensor], list[tuple[Tensor, float, Tensor]]]:
+def recorded(dit: DiT, make: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[tuple[Tensor, float, Tensor]]]:
     recorder = Recorder()
     hook = dit.register_forward_hook(recorder)
     try:
@@ -210,9 +208,7 @@ def test_law_1_can_see_a_mistake(dit):
         assert (roll_shot(make_roll(dit, mutant, shots), 2)[1] - right).abs().max() > 1e-2, kind
     for change in ({"turn": 0.0}, {"remainder": "last"}, {"first_shot": "empty"}):
         history = () if "first_shot" in change else (9, 21, 9, 9)
-        ours, theirs = (
-            roll_shot(make_roll(dit, p, history), 1)[0] for p in (policy, replace(policy, **change))
-        )
+        ours, theirs = (roll_shot(make_roll(dit, p, history), 1)[0] for p in (policy, replace(policy, **change)))
         assert (ours - theirs).abs().max() > 1e-2
 
 
@@ -275,9 +271,7 @@ def test_reading_follows_the_plan_order_and_places():
     bound = store.bind(Plan(keys[2:], keys), new)
     read_k, read_v = bound.extend(1, k, v)
     pieces = [store.kept[frames[2]][1], store.kept[frames[0]][1], (k, v)]
-    table = tables(
-        angles(torch.tensor([7.0, -1.0, 4.0]), torch.tensor([0.5, 0.0, 0.25]), *GRID, 32), k.device, k.dtype
-    )
+    table = tables(angles(torch.tensor([7.0, -1.0, 4.0]), torch.tensor([0.5, 0.0, 0.25]), *GRID, 32), k.device, k.dtype)
     assert torch.allclose(read_k, rotate(torch.cat([piece[0] for piece in pieces], dim=1), table), atol=1e-15)
     assert torch.equal(read_v, torch.cat([piece[1] for piece in pieces], dim=1))
     assert set(store.kept) == set(frames)  # reading writes nothing
@@ -391,9 +385,7 @@ def test_an_exit_step_returns_its_own_x0():
             x = (1 - sigmas[step + 1]) * expected[-1] + sigmas[step + 1] * noise(step + 1)
     for step, x0 in enumerate(expected):
         assert torch.allclose(denoise_chunk(forward, noise, STEPS, exit_step=step), x0, atol=1e-6)
-    assert torch.equal(
-        denoise_chunk(forward, noise, STEPS, exit_step=2), denoise_chunk(forward, noise, STEPS)
-    )
+    assert torch.equal(denoise_chunk(forward, noise, STEPS, exit_step=2), denoise_chunk(forward, noise, STEPS))
 
 
 @pytest.mark.parametrize("exit_step", [0, 1, 2])

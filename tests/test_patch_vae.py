@@ -24,9 +24,7 @@ def clips_in(basis: Tensor, count: int = 40, height: int = 3, width: int = 4) ->
     mix = uniform(2, (count * height * width, 6))
     mix = (mix - mix.mean(0)) @ torch.linalg.cholesky(torch.cov(mix.T, correction=0).inverse()) * DEVIATIONS
     patches = (mix @ basis.T + 0.1).view(count, height, width, STRIDE, 3, CONFIG.patch, CONFIG.patch)
-    frames = patches.permute(0, 3, 4, 1, 5, 2, 6).reshape(
-        count, STRIDE, 3, height * CONFIG.patch, width * CONFIG.patch
-    )
+    frames = patches.permute(0, 3, 4, 1, 5, 2, 6).reshape(count, STRIDE, 3, height * CONFIG.patch, width * CONFIG.patch)
     return torch.cat((frames[:, :1], frames), dim=1).float()
 
 

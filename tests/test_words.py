@@ -54,8 +54,9 @@ def test_a_prompt_is_encoded_as_if_alone(words):
 
 
 def test_the_order_of_words_is_read(words):
+    """The bear stands in the same place beside the same words, in another order."""
     ours, theirs = words.encode(["green bear red cat", "red bear green cat"])
-    assert (ours - theirs).abs().max() > 1e-2
+    assert (ours[1] - theirs[1]).abs().max() > 1e-5
 
 
 def test_a_word_is_read_in_its_sentence(words):

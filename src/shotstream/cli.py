@@ -20,6 +20,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shotstream.errors import (
+    FAILED,
+    INTERRUPTED,
+    MISSING,
+    OUT_OF_MEMORY,
+    USAGE,
+    Failure,
+    is_out_of_memory,
+    one_line_errors,
+)
 from shotstream.evaluation.commands import eval_app
 from shotstream.train.commands import train_app
 
@@ -41,57 +51,9 @@ app.add_typer(story_app, name="story")
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
 
-FAILED, USAGE, MISSING, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 130
-
-
-class Failure(Exception):
-    """A command that ends early: one line for people, and an exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def main() -> None:
     """The console command."""
     app()
-
-
-@contextlib.contextmanager
-def one_line_errors(json_events: bool = False) -> Iterator[None]:
-    """What a user can get wrong becomes one line on stderr (and an event); a defect keeps its traceback."""
-    from shotstream.progress import event
-    from shotstream.story import StoryError
-    from shotstream.video import VideoError
-
-    try:
-        yield
-        return
-    except StoryError as error:
-        message, code = str(error), USAGE
-    except VideoError as error:
-        message, code = str(error), FAILED
-    except Failure as error:
-        message, code = str(error), error.code
-    except KeyboardInterrupt:
-        message, code = "interrupted", INTERRUPTED
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        message, code = "out of memory; use a smaller model or another --device", OUT_OF_MEMORY
-    if json_events:
-        event("error", message=message, code=code)
-    print(f"shotstream: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Torch raises its own error on a GPU, and on a CPU a RuntimeError that only its text tells apart."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 @app.callback(invoke_without_command=True)
@@ -309,7 +271,7 @@ def _tell_what_is_kept(video: VideoWriter) -> Iterator[None]:
     except KeyboardInterrupt:
         raise Failure(f"interrupted; {_kept(video)}", INTERRUPTED) from None
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         remedy = "out of memory; use fewer chunks per shot or a smaller model"
         raise Failure(f"{remedy}; {_kept(video)}", OUT_OF_MEMORY) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -78,7 +77,7 @@ def _read(path: Path, device: str) -> Pipeline:
         config, vocabulary, tensors, revision = read_model(path)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; give the path of a model written by `shotstream train`") from None
-    except (ValueError, KeyError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not a shotstream model ({error}); download or train it again") from None
     with torch.device("meta"):
         networks = dict(zip(("dit", "vae", "text"), build(config, vocabulary), strict=True))
@@ -101,7 +100,8 @@ def _random(config: Config, device: str) -> Pipeline:
             if parameter.ndim > 1 and not parameter.any():  # zero-initialised layers would hide everything behind them
                 torch.nn.init.normal_(parameter, std=0.02)
             del name
-        vae.fit(torch.rand(2, 5, 3, config.height, config.width) * 2 - 1)
+        torch.nn.init.orthogonal_(vae.project, gain=0.3)  # `fit` would take seconds
+        vae.unproject.copy_(vae.project.T / 0.3**2)
     for network in (dit, vae, text):
         network.requires_grad_(False).eval().to(device)
     return Pipeline(config, dit, vae, text, "random")

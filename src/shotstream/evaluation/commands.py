@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from shotstream.errors import MISSING, USAGE, Failure, one_line_errors
+
 eval_app = typer.Typer(help="Measure a model.", no_args_is_help=True)
 
 ROWS = ("ground truth", "autoencoder", "model", "without memory", "other memory", "true history")
@@ -27,7 +29,6 @@ def storybook(
     rows: Annotated[list[str] | None, typer.Option("--row", help=f"Some of: {', '.join(ROWS)}.")] = None,
 ) -> None:
     """Generate stories, read them back by the judge, and report accuracy and memory with 95 % intervals."""
-    from shotstream.cli import USAGE, Failure, one_line_errors
     from shotstream.evaluation.generators import generators
     from shotstream.evaluation.storybook import study
     from shotstream.pipeline import ModelError, load
@@ -41,7 +42,7 @@ def storybook(
         try:
             pipeline = load(model)
         except ModelError as error:
-            raise Failure(str(error), 3) from None
+            raise Failure(str(error), MISSING) from None
         worlds = [sample_world(TEST_SEED + i, split) for i in range(stories)]  # type: ignore[arg-type]
         chosen = generators(pipeline, worlds)
         report = study({row: chosen[row] for row in rows or ROWS}, worlds, out, seed, _progress)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from shotstream.errors import USAGE, Failure, one_line_errors
+
 train_app = typer.Typer(help="Train a model, stage by stage; every stage resumes.", no_args_is_help=True)
 
 Preset = Annotated[str, typer.Option(help="storybook, storybook-large or storybook-smoke.")]
@@ -19,7 +21,6 @@ Set = Annotated[
 @train_app.command("all")
 def all_stages(preset: Preset = "storybook", out: Out = Path("runs"), assignments: Set = None) -> None:
     """Run every stage of a recipe, skip what is finished, and write the model file."""
-    from shotstream.cli import one_line_errors
     from shotstream.train.recipe import run_all
 
     with one_line_errors():
@@ -36,7 +37,6 @@ def one_stage(
     assignments: Set = None,
 ) -> None:
     """Run or resume one stage of a recipe."""
-    from shotstream.cli import one_line_errors
     from shotstream.train.recipe import run_stage
 
     with one_line_errors():
@@ -52,7 +52,6 @@ def export_model(
     out: Out = Path("runs"),
 ) -> None:
     """Write the model file of a trained stage."""
-    from shotstream.cli import one_line_errors
     from shotstream.train.recipe import export
 
     with one_line_errors():
@@ -61,7 +60,6 @@ def export_model(
 
 
 def _recipe(preset: str):  # type: ignore[no-untyped-def]  # Recipe would import torch at start-up
-    from shotstream.cli import USAGE, Failure
     from shotstream.train.recipe import RECIPES
 
     if preset not in RECIPES:
@@ -71,7 +69,6 @@ def _recipe(preset: str):  # type: ignore[no-untyped-def]  # Recipe would import
 
 def _checked(task):  # type: ignore[no-untyped-def]
     """Wrong settings and missing earlier stages become one line."""
-    from shotstream.cli import USAGE, Failure
 
     try:
         return task()

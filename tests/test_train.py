@@ -1,0 +1,240 @@
+"""Laws of the recipes: losses fall, stopping changes nothing, the distillation rolls out what inference rolls out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shotstream.config import PatchVAEConfig
+from shotstream.data.storybook import Stories, fit_vae, write_shards
+from shotstream.flow import TIMESTEPS
+from shotstream.memory.policies.dual_buffer import context_picks
+from shotstream.models.patch_vae import PatchVAE
+from shotstream.pipeline import Pipeline
+from shotstream.session import Session
+from shotstream.storybook.draw import SHOT_FRAMES
+from shotstream.train import autoencoder, dmd, ode, run, teacher
+from shotstream.train.autoencoder import AutoencoderConfig
+from shotstream.train.dmd import DMDConfig, FreshNoise, rollout
+from shotstream.train.ode import ODEConfig
+from shotstream.train.recipe import RECIPES, fresh, run_stage
+from shotstream.train.run import Network, RunConfig
+from shotstream.train.teacher import Model, TeacherConfig
+
+RECIPE = RECIPES["storybook-smoke"]
+CONFIG = dataclasses.replace(
+    RECIPE.config, dit=dataclasses.replace(RECIPE.config.dit, dim=32, ffn_dim=64, heads=1, layers=2)
+)
+TINY = dataclasses.replace(RECIPE, config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stories")
+
+
+@pytest.fixture(scope="module")
+def vae() -> PatchVAE:
+    torch.manual_seed(0)
+    assert isinstance(CONFIG.vae, PatchVAEConfig)
+    network = PatchVAE(CONFIG.vae)
+    fit_vae(network, 4)
+    return network
+
+
+@pytest.fixture(scope="module")
+def stories(folder: Path, vae: PatchVAE) -> Stories:
+    write_shards(folder, vae, 6, "train")
+    return Stories(folder, fresh(TINY, 0).text)
+
+
+def settings(out: Path, steps: int, **more: object) -> RunConfig:
+    values = {"batch": 3, "lr": 2e-3, "lr_adam": 1e-3, "dtype": "float32", "warmup": 2, "log_every": 1, "save_every": 0}
+    return RunConfig(out=str(out), steps=steps, **(values | more))  # type: ignore[arg-type]
+
+
+def losses(out: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the run be interrupted while it logs a step after `steps` (the step's checkpoint is not yet written)."""
+    written = run.Log.write
+
+    def write(self: run.Log, **values: object) -> None:
+        if values["step"] == steps + 1:
+            raise KeyboardInterrupt
+        written(self, **values)
+
+    monkeypatch.setattr(run.Log, "write", write)
+
+
+@pytest.mark.parametrize("kind", ["image", "shot", "next"])
+def test_the_teacher_learns(stories: Stories, tmp_path: Path, kind: str) -> None:
+    cfg = TeacherConfig(kind=kind, first_shots=0.0)
+    teacher.train(CONFIG, cfg, settings(tmp_path, 30), stories, fresh(TINY, 0))
+    values = losses(tmp_path, f"loss_{kind}")
+    assert np.mean(values[-6:]) < 0.9 * np.mean(values[:6])
+
+
+def test_the_autoencoder_learns(vae: PatchVAE, tmp_path: Path) -> None:
+    autoencoder.train(CONFIG, AutoencoderConfig(), settings(tmp_path, 25, batch=1, lr_adam=4e-3), vae)
+    values = losses(tmp_path, "loss_loss")
+    assert np.mean(values[-5:]) < np.mean(values[:5])
+    assert losses(tmp_path, "psnr")[-1] > losses(tmp_path, "psnr")[0]
+
+
+def train_teacher(stories: Stories, out: Path) -> Network[Model]:
+    return teacher.train(CONFIG, TeacherConfig(), settings(out, 4), stories, fresh(TINY, 0))
+
+
+def train_ode(stories: Stories, out: Path) -> Network[Model]:
+    return ode.train(CONFIG, ODEConfig(source="data"), settings(out, 4), stories, fresh(TINY, 0))
+
+
+def train_dmd(stories: Stories, out: Path) -> Network[Model]:
+    return dmd.train(CONFIG, DMDConfig(), settings(out, 4, batch=2), stories, fresh(TINY, 0), fresh(TINY, 1))
+
+
+@pytest.mark.parametrize("recipe", [train_teacher, train_ode, train_dmd])
+def test_stopping_and_resuming_equals_not_stopping(
+    stories: Stories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Callable[[Stories, Path], Network[Model]],
+) -> None:
+    whole = recipe(stories, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        recipe(stories, tmp_path / "parts")
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 2
+    resumed = recipe(stories, tmp_path / "parts")
+    assert same_weights(whole.masters, resumed.masters) and same_weights(whole.ema, resumed.ema)
+    assert not same_weights(whole.masters, fresh(TINY, 0))
+
+
+def test_ode_pairs_start_at_noise_end_at_the_target_and_resume(stories: Stories, tmp_path: Path) -> None:
+    cfg = ODEConfig(euler_steps=4, pairs=str(tmp_path), first_shots=0.5)
+    model = fresh(TINY, 0)
+    ode.write_pairs(tmp_path, model, stories, CONFIG, cfg, shards=3, size=2)
+    paths = sorted(tmp_path.iterdir())
+    kept = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    ode.write_pairs(tmp_path, model, stories, CONFIG, cfg, shards=3, size=2)
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == kept
+    batch, states = ode.read_pairs(paths[0])
+    assert states.shape[1] == len(CONFIG.schedule.steps) + 1
+    assert torch.equal(states[:, -1], batch.latents[:, batch.context :])
+    assert abs(float(states[:, 0].std()) - 1) < 0.05
+    ode.train(CONFIG, cfg, settings(tmp_path / "ode", 25), stories, model)
+    values = losses(tmp_path / "ode", "loss_loss")
+    assert np.mean(values[-5:]) < np.mean(values[:5])
+
+
+def test_a_training_rollout_is_what_a_session_generates(stories: Stories, vae: PatchVAE) -> None:
+    """Law 5: the same prompts, history and noise give the same latents in `train.dmd` and in `session`."""
+    model = fresh(TINY, 3)
+    batch = stories.batch(np.random.default_rng(0), 1, "next", history=2)
+    noise = FreshNoise()
+    with torch.no_grad():
+        trained = rollout(model, CONFIG, batch, noise, None)
+    session = Session(Pipeline(CONFIG, model.dit, vae, model.text))
+    picks = context_picks((SHOT_FRAMES,) * 2)
+    session._roll.memory.shots = (SHOT_FRAMES,) * 2
+    stills = dict(zip(picks, batch.latents[0, : batch.context], strict=True))
+    states = model.text(batch.words)
+    for shot in range(3):
+        session._roll.prompts.add(shot, states[batch.index[:, batch.flags[0].tolist().index(shot)]])
+
+    def context(frames: tuple) -> Tensor:  # type: ignore[type-arg]
+        return torch.stack([stills[frame.shot, frame.offset] for frame in frames])[None]
+
+    with torch.no_grad():
+        lived = torch.cat(list(session._roll.shot(2, 2, noise, context)), dim=1)
+    assert torch.equal(trained, lived)
+
+
+def test_only_the_exit_step_learns(stories: Stories) -> None:
+    model = fresh(TINY, 0)
+    batch = stories.batch(np.random.default_rng(0), 2, "next", history=1)
+    for exit_step in (0, 3):
+        x = rollout(model, CONFIG, batch, FreshNoise(), exit_step)
+        assert x.requires_grad and x.shape == batch.latents[:, batch.context :].shape
+        (x * torch.randn_like(x)).sum().backward()
+        assert model.dit.blocks[0].self_attn.k.weight.grad is not None
+        model.zero_grad()
+    with torch.no_grad():
+        assert not rollout(model, CONFIG, batch, FreshNoise(), None).requires_grad
+
+
+def test_dmd_pulls_towards_the_teacher(stories: Stories) -> None:
+    """The gradient with respect to x is (critic - guided teacher) / its scale, and nothing when the two agree."""
+    model = fresh(TINY, 0)
+    runs = RunConfig(dtype="float32")
+    same = dmd.Trio(Network(fresh(TINY, 0), runs), Network(model, runs), model)
+    batch = stories.batch(np.random.default_rng(0), 2, "next", history=1)
+    x = batch.latents[:, batch.context :].clone().requires_grad_()
+    cfg = DMDConfig(guidance=1.0)
+    dmd.student_loss(same, batch, x, np.random.default_rng(0), cfg).backward()
+    assert x.grad is not None and x.grad.abs().max() < 1e-6
+    other = dataclasses.replace(same, teacher=fresh(TINY, 1))
+    x.grad = None
+    dmd.student_loss(other, batch, x, np.random.default_rng(0), cfg).backward()
+    assert x.grad is not None and x.grad.abs().mean() > 1e-6
+
+
+def test_the_second_stage_lives_with_its_own_shots(stories: Stories, vae: PatchVAE) -> None:
+    own = dmd.OwnHistory(stories, vae, 2)
+    rng = np.random.default_rng(0)
+    first = own.next(rng)
+    assert first.context == 0
+    made = torch.randn(2, 6, *CONFIG.latent_shape)
+    own.advance(made)
+    second = own.next(rng)
+    assert second.context == 6
+    frames, _ = vae.decode(made)
+    assert torch.equal(second.latents[:, 0], vae.context_latents(frames[:, 0].clamp(-1, 1)))
+
+
+def test_context_is_clean_and_dropped_context_is_empty(stories: Stories) -> None:
+    rng = np.random.default_rng(0)
+    next_shot, alone = stories.batch(rng, 4, "next"), stories.batch(rng, 4, "shot")
+    assert next_shot.context == 6 and alone.context == 0
+    assert (next_shot.flags[:, -1] >= 1).all() and (alone.flags == 0).all()
+    assert (next_shot.positions[:, 6:] == alone.positions).all()
+    seen: list[Tensor] = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, model: Model) -> None:
+            super().__init__()
+            self.dit, self.read = self, model.read
+            self.config, self.device, self.dtype = model.dit.config, model.dit.device, model.dit.dtype
+
+        def forward(self, x: Tensor, timesteps: Tensor, text: object, where: object) -> Tensor:
+            seen.extend((x, timesteps))
+            return torch.zeros_like(x)
+
+    teacher.loss(Spy(fresh(TINY, 0)), next_shot, rng, TeacherConfig())  # type: ignore[arg-type]
+    assert torch.equal(seen[0][:, :6], next_shot.latents[:, :6]) and (seen[1][:, :6] == 0).all()
+    assert (seen[1][:, 6:] > 0).all() and (seen[1] <= TIMESTEPS).all()
+
+
+def test_a_wrong_setting_or_missing_stage_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        run_stage(RECIPE, "image", tmp_path, ["runs.stepps=3"])
+    with pytest.raises(FileNotFoundError, match="image"):
+        run_stage(RECIPE, "shot", tmp_path, [])
+    with pytest.raises(ValueError, match="unknown stage"):
+        run_stage(RECIPE, "nothing", tmp_path, [])
