@@ -54,7 +54,7 @@ class Prompts:
 
     def add(self, number: int, states: Tensor) -> None:
         """`states` [b s d]: the prompt with this number, for every sample of the batch."""
-        self.known[number] = self.dit.read(states, torch.zeros(len(states), 1, dtype=torch.long))
+        self.known[number] = self.dit.read(states, torch.zeros(len(states), 1, dtype=torch.long, device=states.device))
 
     def retain(self, numbers: set[int]) -> None:
         """Forget all prompts but these."""
@@ -66,7 +66,7 @@ class Prompts:
         texts = [self.known[n] for n in distinct]
         batch = len(texts[0].index)
         rows = torch.tensor([distinct.index(n) for n in numbers]) * batch
-        index = rows[None] + torch.arange(batch)[:, None]
+        index = (rows[None] + torch.arange(batch)[:, None]).to(texts[0].index.device)
         if len(texts) == 1:
             return texts[0].at(index)
         keys = tuple(torch.cat(parts) for parts in zip(*(t.keys for t in texts), strict=True))

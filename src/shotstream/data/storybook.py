@@ -1,6 +1,6 @@
 """Storybook stories as latents: rendered, encoded and written in shards; read back as training batches.
 
-    shotstream data storybook --out runs/data --stories 8000
+    shotstream train stage data --preset storybook --out runs
 
 A shard is one safetensors file of 64 stories. It holds latents and single-frame latents ("stills", what the context
 is made of); captions are made anew at load time from the stories' seeds, in several paraphrases.
@@ -9,7 +9,10 @@ is made of); captions are made anew at load time from the stories' seeds, in sev
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,18 +54,28 @@ def coverage(mask: np.ndarray, patch: int) -> Tensor:
     return torch.from_numpy(per_latent.reshape(f, h // patch, patch, w // patch, patch).mean((2, 4)))
 
 
-def write_shards(out: Path, vae: PatchVAE, stories: int, split: Split, first_seed: int = 0) -> None:
+def write_shards(out: Path, vae: PatchVAE, stories: int, split: Split, first_seed: int = 0, workers: int = 1) -> None:
     """Write shards of `stories` stories; shards that exist already are kept, so the command can be resumed."""
     out.mkdir(parents=True, exist_ok=True)
-    for start in range(first_seed, first_seed + stories, SHARD):
-        path = out / f"{split}-{start:07d}.safetensors"
-        if path.exists():
-            continue
-        seeds = range(start, min(start + SHARD, first_seed + stories))
-        unfinished = path.with_suffix(".tmp")
-        tensors, story = _shard(vae, split, seeds)
-        save_file(tensors, unfinished, metadata={"seeds": json.dumps(list(seeds)), "split": split, "story": story})
-        unfinished.rename(path)
+    end = first_seed + stories
+    ranges = [range(start, min(start + SHARD, end)) for start in range(first_seed, end, SHARD)]
+    write = partial(_write_shard, out, vae, split)
+    if workers == 1:
+        for seeds in ranges:
+            write(seeds)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(write, ranges))
+
+
+def _write_shard(out: Path, vae: PatchVAE, split: Split, seeds: range) -> None:
+    path = out / f"{split}-{seeds[0]:07d}.safetensors"
+    if path.exists():
+        return
+    unfinished = path.with_suffix(".tmp")
+    tensors, story = _shard(vae, split, seeds)
+    save_file(tensors, unfinished, metadata={"seeds": json.dumps(list(seeds)), "split": split, "story": story})
+    unfinished.rename(path)
 
 
 def _shard(vae: PatchVAE, split: Split, seeds: range) -> tuple[dict[str, Tensor], str]:
@@ -95,6 +108,11 @@ class Batch:
     index: Tensor  # b f: which prompt each latent frame reads
     coverage: Tensor  # b f h w: share of each cell covered by the cast
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "context"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
 
 class Stories:
     """All shards of a folder, memory-mapped by safetensors and held as one table of shots."""
@@ -102,7 +120,7 @@ class Stories:
     def __init__(self, folder: Path, text: Words, split: Split = "train", paraphrases: int = 4, limit: int = 0) -> None:
         paths = sorted(folder.glob(f"{split}-*.safetensors"))[: limit or None]
         if not paths:
-            raise FileNotFoundError(f"{folder}: no {split}-*.safetensors; make them with `shotstream data storybook`")
+            raise FileNotFoundError(f"{folder}: no {split}-*.safetensors; make them with `shotstream train stage data`")
         parts: dict[str, list[Tensor]] = {"latents": [], "stills": [], "coverage": []}
         self.seeds: list[int] = []
         counts: list[int] = []

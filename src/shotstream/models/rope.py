@@ -28,6 +28,7 @@ def _frequencies(channels: int) -> Tensor:
 def angles(positions: Tensor, phases: Tensor, height: int, width: int, head_dim: int) -> Tensor:
     """Angles `[(b) f*h*w, head_dim/2]` in float64 for latent frames at `positions` with `phases`, both `[(b) f]`."""
     time, rows, columns = split_channels(head_dim)
+    positions, phases = positions.cpu(), phases.cpu()  # exact and the same everywhere; only the tables move
     temporal = positions.double()[..., None] * _frequencies(time) + phases.double()[..., None]
     vertical = torch.arange(height, dtype=torch.float64)[:, None] * _frequencies(rows)
     horizontal = torch.arange(width, dtype=torch.float64)[:, None] * _frequencies(columns)

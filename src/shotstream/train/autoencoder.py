@@ -1,6 +1,6 @@
 """The storybook decoder: pictures from half-whitened patch latents (the encoder is fitted, not trained).
 
-    shotstream train autoencoder --out runs/autoencoder
+    shotstream train stage autoencoder --preset storybook --out runs
 
 Stories are rendered as they are needed. A little noise on the latents makes the decoder forgiving towards a diffusion
 model's latents, which are never exact.

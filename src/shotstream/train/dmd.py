@@ -1,7 +1,7 @@
 """Self-forcing distillation: the student rolls out its own shots, DMD compares their distribution with the teacher's.
 
-    shotstream train dmd --teacher runs/next --init runs/ode --out runs/stage1
-    shotstream train dmd --teacher runs/next --init runs/stage1 --out runs/stage2 --set history=own
+    shotstream train stage stage1 --preset storybook --out runs
+    shotstream train stage stage2 --preset storybook --out runs
 
 Stage 1 (intra-shot, paper 3.3) takes a shot's history from data; stage 2 (inter-shot) rolls a whole story and lets the
 student live with its own past. They are one loop: only where the context comes from differs. The rollout is
@@ -109,7 +109,7 @@ def predict(model: Model, batch: Batch, noisy: Tensor, sigma: Tensor, words: Ten
 def student_loss(trio: Trio, batch: Batch, x: Tensor, rng: np.random.Generator, cfg: DMDConfig) -> Tensor:
     """Distribution matching: move x along (critic - teacher), normalised by the teacher's distance."""
     with torch.no_grad():
-        sigma = compare_at(rng, len(x), cfg)
+        sigma = compare_at(rng, len(x), cfg).to(x.device)
         noisy = add_noise(x, torch.randn_like(x), sigma)
         fake = predict(trio.critic.compute, batch, noisy, sigma, batch.words)
         text = predict(trio.teacher, batch, noisy, sigma, batch.words)
@@ -122,7 +122,7 @@ def student_loss(trio: Trio, batch: Batch, x: Tensor, rng: np.random.Generator, 
 
 def critic_loss(trio: Trio, batch: Batch, x: Tensor, rng: np.random.Generator, cfg: DMDConfig) -> Tensor:
     """Flow matching of the critic on the student's shots, in velocity."""
-    sigma = compare_at(rng, len(x), cfg)
+    sigma = compare_at(rng, len(x), cfg).to(x.device)
     noise = torch.randn_like(x)
     x0 = predict(trio.critic.compute, batch, add_noise(x, noise, sigma), sigma, batch.words)
     # velocity error = x0 error / sigma; below .3 the weight stops rising, as in the teacher's loss
@@ -163,7 +163,7 @@ class OwnHistory:
     @torch.no_grad()
     def advance(self, latents: Tensor) -> None:
         """Add the shot just made (the full few-step output, never a random exit step's) to the history."""
-        frames, _ = self.vae.decode(latents)
+        frames, _ = self.vae.decode(latents.cpu())
         for pick in {f for n in range(1, 6) for _, f in context_picks((SHOT_FRAMES,) * n)}:
             self.stills[self.shot, pick] = self.vae.context_latents(frames[:, pick].clamp(-1, 1))
         self.shot += 1
@@ -191,6 +191,7 @@ def train(
     student: Model,
     teacher: Model,
     vae: PatchVAE | None = None,
+    sheet: run.Sheet | None = None,
 ) -> Network[Model]:
     """Train until `runs.steps` updates (student and critic together); resumes from `runs.out`."""
     rank, _ = run.start_processes()
@@ -200,7 +201,7 @@ def train(
     student.text.requires_grad_(False)
     teacher.text.requires_grad_(False)
     critic_runs = replace(runs, lr=cfg.critic_lr, lr_adam=cfg.critic_lr / 3)
-    trio = Trio(Network(student, runs), Network(copy.deepcopy(teacher), critic_runs), teacher)
+    trio = Trio(Network(student, runs), Network(copy.deepcopy(teacher), critic_runs), teacher.to(runs.device))
     step = 0
     if state := run.resume(out / "checkpoint.pt"):
         trio.student.load_state_dict(state["network"])
@@ -213,6 +214,7 @@ def train(
     levels = len(model.schedule.steps)
     while step < runs.steps:
         batch, finished = next(jobs)
+        batch = batch.to(runs.device)
         exit_step, noise = int(rng.integers(levels)), FreshNoise()
         learn = step % (cfg.critic_steps + 1) == 0
         with torch.set_grad_enabled(learn):
@@ -227,9 +229,11 @@ def train(
             with torch.no_grad():
                 finished(rollout(trio.student.compute, model, batch, noise, None))
         step += 1
-        pace.add(value.item(), "student" if learn else "critic")
+        pace.add(value.item(), "loss_student" if learn else "loss_critic")
         if step % runs.log_every == 0:
             log.write(step=step, **pace.read(step))
+        if rank == 0 and sheet and step % runs.sheet_every == 0:
+            sheet(trio.student.ema, step)
         if rank == 0 and (pace.save_due() or step == runs.steps):
             run.save(
                 out / "checkpoint.pt",

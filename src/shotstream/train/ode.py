@@ -1,7 +1,7 @@
 """Causal initialisation: the teacher's network learns to work chunk by chunk (paper 3.2, method.md 13.2 and 13.3).
 
-    shotstream train ode-pairs --teacher runs/next --out runs/pairs
-    shotstream train ode --pairs runs/pairs --init runs/next --out runs/ode
+    shotstream train stage pairs --preset storybook --out runs
+    shotstream train stage ode --preset storybook --out runs
 
 A pair is the teacher's trajectory from noise to a shot, kept at the student's noise levels. The student sees the whole
 sequence at once behind a block-causal mask, each chunk at a level of its own, and regresses the clean end.
@@ -54,10 +54,10 @@ def trajectory(model: Model, batch: Batch, config: Config, cfg: ODEConfig) -> Te
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         if i in wanted:
             states.append(x[:, context:])
-        timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS)
+        timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS, device=x.device)
         timesteps[:, :context] = 0
         velocity = guide(dit(x, timesteps, text, where), dit(x, timesteps, null, where), cfg.guidance).float()
-        move = spread((following - sigma).expand(x.shape[:2]).clone(), x)
+        move = spread((following - sigma).to(x.device).expand(x.shape[:2]).clone(), x)
         move[:, :context] = 0
         x = x + move * velocity
     return torch.stack((*states, x[:, context:]), dim=1)
@@ -74,7 +74,7 @@ def write_pairs(
             continue
         rng = run.seed_everything(seed * 1_000_000 + number)
         kind = "shot" if rng.random() < cfg.first_shots else "next"
-        batch = stories.batch(rng, size, kind)
+        batch = stories.batch(rng, size, kind).to(model.dit.device)
         states = trajectory(model, batch, config, cfg)
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "context"}
         tensors |= {
@@ -106,14 +106,15 @@ def noised(batch: Batch, sigmas: tuple[float, ...]) -> Tensor:
 def loss(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.random.Generator) -> Tensor:
     """Mean squared error of x0 where there is noise; each chunk at a level of its own (the last level is clean)."""
     dit, context = model.dit, batch.context
-    levels = torch.tensor((*config.schedule.sigmas(), 0.0))
     target = states[:, -1]
+    levels = torch.tensor((*config.schedule.sigmas(), 0.0), device=target.device)
     count, frames = target.shape[:2]
     chunks = frames // config.chunk
-    level = torch.from_numpy(rng.integers(len(levels), size=(count, chunks))).repeat_interleave(config.chunk, dim=1)
-    x = states[torch.arange(count)[:, None], level, torch.arange(frames)[None]]
+    level = torch.from_numpy(rng.integers(len(levels), size=(count, chunks))).to(target.device)
+    level = level.repeat_interleave(config.chunk, dim=1)
+    x = states[torch.arange(count)[:, None].to(level), level, torch.arange(frames)[None].to(level)]
     x = torch.cat((batch.latents[:, :context], x), dim=1)
-    sigmas = torch.cat((torch.zeros(count, context), levels[level]), dim=1)
+    sigmas = torch.cat((torch.zeros(count, context, device=level.device), levels[level]), dim=1)
     tags = [0] * context + [1 + i // config.chunk for i in range(frames)]
     tokens = (x.shape[-1] // dit.config.patch) * (x.shape[-2] // dit.config.patch)
     velocity = dit(
@@ -129,7 +130,14 @@ def loss(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.ran
     return (error * noisy).sum() / noisy.sum().clamp(min=1)
 
 
-def train(model: Config, cfg: ODEConfig, runs: RunConfig, stories: Stories, masters: Model) -> Network[Model]:
+def train(
+    model: Config,
+    cfg: ODEConfig,
+    runs: RunConfig,
+    stories: Stories,
+    masters: Model,
+    sheet: run.Sheet | None = None,
+) -> Network[Model]:
     """Train until `runs.steps`; resumes from `runs.out`."""
     rank, _ = run.start_processes()
     out = Path(runs.out)
@@ -139,7 +147,7 @@ def train(model: Config, cfg: ODEConfig, runs: RunConfig, stories: Stories, mast
     network = Network(masters, runs)
     shards = sorted(Path(cfg.pairs).glob("pairs-*.safetensors")) if cfg.source == "pairs" else []
     if cfg.source == "pairs" and not shards:
-        raise FileNotFoundError(f"{cfg.pairs}: no pairs; write them with `shotstream train ode-pairs`")
+        raise FileNotFoundError(f"{cfg.pairs}: no pairs; write them with `shotstream train stage pairs`")
     step = 0
     if state := run.resume(out / "checkpoint.pt"):
         network.load_state_dict(state["network"])
@@ -154,13 +162,15 @@ def train(model: Config, cfg: ODEConfig, runs: RunConfig, stories: Stories, mast
             kind = "shot" if rng.random() < cfg.first_shots else "next"
             batch = stories.batch(rng, runs.batch, kind)
             states = noised(batch, model.schedule.sigmas())
-        value = loss(network.compute, batch, states, model, rng)
+        value = loss(network.compute, batch.to(runs.device), states.to(runs.device), model, rng)
         value.backward()
         norm = network.step(learning_scale(step, runs))
         step += 1
         pace.add(value.item())
         if step % runs.log_every == 0:
             log.write(step=step, norm=norm, **pace.read(step))
+        if rank == 0 and sheet and step % runs.sheet_every == 0:
+            sheet(network.ema, step)
         if rank == 0 and (pace.save_due() or step == runs.steps):
             run.save(
                 out / "checkpoint.pt",

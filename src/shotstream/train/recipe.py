@@ -14,18 +14,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from shotstream.checkpoints import write_model
 from shotstream.config import PRESETS, Config, PatchVAEConfig, WordsConfig, override
-from shotstream.data.storybook import Stories, fit_vae, write_shards
+from shotstream.data.storybook import Batch, Stories, fit_vae, write_shards
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.pipeline import build
 from shotstream.storybook.captions import VOCABULARY
 from shotstream.train import autoencoder, dmd, ode, teacher
 from shotstream.train.autoencoder import AutoencoderConfig
-from shotstream.train.dmd import DMDConfig
+from shotstream.train.dmd import DMDConfig, FreshNoise
 from shotstream.train.ode import ODEConfig
-from shotstream.train.run import RunConfig
+from shotstream.train.run import RunConfig, Sheet
+from shotstream.train.sheets import Sample, Sheets
 from shotstream.train.teacher import Model, TeacherConfig
 
 
@@ -35,6 +37,7 @@ class DataConfig:
 
     stories: int = 4096
     fit: int = 160
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,20 +137,28 @@ def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> No
     if stage.init:
         load_weights(model, root / stage.init)
     stories = Stories(root / "data", model.text)
+    config = recipe.config
+
+    def sheets(sample: Sample, kind: str) -> Sheet:
+        return Sheets(out, _best_vae(recipe, root), stories, sample, kind).write
+
+    def roll(student: Model, batch: Batch) -> Tensor:
+        return dmd.rollout(student, config, batch, FreshNoise(), None)
+
     match stage.task:
         case TeacherConfig():
-            teacher.train(recipe.config, stage.task, runs, stories, model)
+            sheet = sheets(teacher.sample, stage.task.kind)
+            teacher.train(config, stage.task, runs, stories, model, sheet)
         case PairsConfig():
-            ode.write_pairs(
-                out, model, stories, recipe.config, stage.task.ode, stage.task.shards, stage.task.size
-            )
+            ode.write_pairs(out, model, stories, config, stage.task.ode, stage.task.shards, stage.task.size)
         case ODEConfig():
             pairs = stage.task.pairs or str(root / "pairs")
-            ode.train(recipe.config, dataclasses.replace(stage.task, pairs=pairs), runs, stories, model)
+            task = dataclasses.replace(stage.task, pairs=pairs)
+            ode.train(config, task, runs, stories, model, sheets(roll, "next"))
         case DMDConfig():
             expert = load_weights(fresh(recipe, 0), root / "next")
             vae = _trained_vae(recipe, root) if stage.task.history == "own" else None
-            dmd.train(recipe.config, stage.task, runs, stories, model, expert, vae)
+            dmd.train(config, stage.task, runs, stories, model, expert, vae, sheets(roll, "next"))
 
 
 def fresh(recipe: Recipe, seed: int) -> Model:
@@ -187,7 +198,7 @@ def _make_data(recipe: Recipe, task: DataConfig, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         fit_vae(vae, task.fit)
         save_file({n: t for n, t in vae.state_dict().items() if n in LINEAR}, path)
-    write_shards(root / "data", _fitted(recipe, root), task.stories, "train")
+    write_shards(root / "data", _fitted(recipe, root), task.stories, "train", workers=task.workers)
 
 
 LINEAR = ("mean", "project", "unproject")
@@ -202,6 +213,12 @@ def _fitted(recipe: Recipe, root: Path) -> PatchVAE:
     vae = build(recipe.config)[1]
     vae.load_state_dict({n: t for n, t in load_file(path).items() if n in LINEAR}, strict=False)
     return vae
+
+
+def _best_vae(recipe: Recipe, root: Path) -> PatchVAE:
+    """The trained decoder if there is one already, else the linear one: sheets do not wait for it."""
+    trained = (root / "autoencoder" / "checkpoint.pt").exists()
+    return _trained_vae(recipe, root) if trained else _fitted(recipe, root)
 
 
 def _trained_vae(recipe: Recipe, root: Path) -> PatchVAE:

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,6 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
+
+Sheet = Callable[[Any, int], None]
+"""Draws samples of a model at a step."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,16 @@ class RunConfig:
     seed: int = 0
     save_every: float = 180.0  # seconds
     log_every: int = 20
-    sheet_every: int = 400
-    dtype: str = "bfloat16"
+    sheet_every: int = 100  # steps
+    dtype: str = "bfloat16"  # of the copy that computes
+    device: str = "cpu"
 
 
 class Network(Generic[M]):
     """A trained module: float32 masters, the copy that computes, their average, and the optimisers."""
 
     def __init__(self, masters: M, config: RunConfig) -> None:
-        self.masters = masters
+        self.masters = masters.to(config.device)
         self.ema = copy.deepcopy(masters)
         self.ema.requires_grad_(False)
         self.compute = copy.deepcopy(masters).to(getattr(torch, config.dtype))
@@ -199,14 +203,14 @@ class Pace:
         self.since = self.saved = time.time()
         self.steps = 0
 
-    def add(self, loss: float, kind: str = "loss") -> None:
-        self.losses.setdefault(kind, []).append(loss)
+    def add(self, loss: float, name: str = "loss") -> None:
+        self.losses.setdefault(name, []).append(loss)
         self.steps += 1
 
     def read(self, step: int) -> dict[str, Any]:
         now = time.time()
         rate = self.steps / (now - self.since)
-        values = {f"loss_{kind}": float(np.mean(v)) for kind, v in self.losses.items()}
+        values = {name: float(np.mean(v)) for name, v in self.losses.items()}
         self.losses, self.since, self.steps = {}, now, 0
         return {
             **values,

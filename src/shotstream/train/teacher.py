@@ -1,6 +1,6 @@
 """The next-shot teacher: flow matching on [clean context | noisy target] (paper 3.1, method.md 13.1).
 
-    shotstream train teacher --out runs/teacher --set kind=next --init runs/shots
+    shotstream train stage next --preset storybook --out runs
 
 One recipe, three kinds of batches, trained one after the other from scratch: single pictures ("image"), single shots
 ("shot"), shots with the context of earlier ones ("next"). Starting from a text-to-video base, only "next" is needed.
@@ -69,7 +69,7 @@ def draw_sigmas(rng: np.random.Generator, count: int, config: TeacherConfig) -> 
 def drop_text(rng: np.random.Generator, words: Tensor, index: Tensor, share: float) -> Tensor:
     """Empty all prompts of a sample with probability `share`."""
     words = words.clone()
-    for row in index[torch.from_numpy(rng.random(len(index)) < share)]:
+    for row in index[torch.from_numpy(rng.random(len(index)) < share).to(index.device)]:
         words[row.unique()] = 0
     return words
 
@@ -78,7 +78,7 @@ def loss(model: Model, batch: Batch, rng: np.random.Generator, config: TeacherCo
     """Mean squared error of the target's velocity; the context stays clean, at timestep 0."""
     dit, context = model.dit, batch.context
     clean = batch.latents
-    sigma = draw_sigmas(rng, len(clean), config)
+    sigma = draw_sigmas(rng, len(clean), config).to(clean.device)
     sigmas = sigma[:, None].expand(clean.shape[:2]).clone()
     sigmas[:, :context] = 0
     noise = torch.randn_like(clean)
@@ -92,7 +92,14 @@ def loss(model: Model, batch: Batch, rng: np.random.Generator, config: TeacherCo
     return (error * weight * fine).sum() / weight.sum()
 
 
-def train(model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Stories, masters: Model) -> Network[Model]:
+def train(
+    model: Config,
+    cfg: TeacherConfig,
+    runs: RunConfig,
+    stories: Stories,
+    masters: Model,
+    sheet: run.Sheet | None = None,
+) -> Network[Model]:
     """Train until `runs.steps`; resumes from `runs.out` if it holds a checkpoint."""
     rank, _ = run.start_processes()
     out = Path(runs.out)
@@ -106,6 +113,7 @@ def train(model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Stories, 
         step = state["step"]
     run.write_config(out, model=model, recipe=cfg, run=runs)
     if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64  # one per block and kind of batch
         for block in network.compute.dit.layers():
             block.compile(dynamic=False)
     pace = run.Pace(runs)
@@ -113,14 +121,16 @@ def train(model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Stories, 
         kind = cfg.kind
         if kind == "next" and rng.random() < cfg.first_shots:
             kind = "shot"
-        batch = stories.batch(rng, runs.batch, kind)
+        batch = stories.batch(rng, runs.batch, kind).to(runs.device)
         value = loss(network.compute, batch, rng, cfg)
         value.backward()
         norm = network.step(learning_scale(step, runs))
         step += 1
-        pace.add(value.item(), kind)
+        pace.add(value.item(), f"loss_{kind}")
         if step % runs.log_every == 0:
             log.write(step=step, norm=norm, **pace.read(step))
+        if rank == 0 and sheet and step % runs.sheet_every == 0:
+            sheet(network.ema, step)
         if rank == 0 and (pace.save_due() or step == runs.steps):
             run.save(
                 out / "checkpoint.pt",
@@ -141,10 +151,10 @@ def sample(
     x = torch.cat((batch.latents[:, :context], torch.randn_like(batch.latents[:, context:])), dim=1)
     sigmas = euler_sigmas(steps, shift)
     for sigma, following in pairwise(sigmas):
-        timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS)
+        timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS, device=x.device)
         timesteps[:, :context] = 0
         velocity = guide(dit(x, timesteps, text, where), dit(x, timesteps, null, where), guidance).float()
-        move = spread((following - sigma).expand(x.shape[:2]).clone(), x)
+        move = spread((following - sigma).to(x.device).expand(x.shape[:2]).clone(), x)
         move[:, :context] = 0
         x = x + move * velocity
     return x[:, context:]

@@ -1,0 +1,52 @@
+"""Contact sheets of a model while it learns: the same few stories again and again, one row per story."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shotstream.data.storybook import Batch, Stories
+from shotstream.models.patch_vae import PatchVAE
+from shotstream.session import to_uint8
+from shotstream.train.teacher import Model
+
+Sample = Callable[[Model, Batch], Tensor]
+"""How a recipe generates: the target latents `b f c h w` of a batch."""
+
+COLUMNS = 4
+
+
+class Sheets:
+    """Writes `<out>/sheets/<step>.png`: context (if any) left, generated frames right."""
+
+    def __init__(self, out: Path, vae: PatchVAE, stories: Stories, sample: Sample, kind: str, rows: int = 6) -> None:
+        self.folder = out / "sheets"
+        self.vae, self.sample = vae, sample
+        self.batch = stories.batch(np.random.default_rng(1), rows, kind)
+
+    @torch.no_grad()
+    def write(self, model: Model, step: int) -> None:
+        """The same prompts, history and noise at every step; the training's random numbers are left alone."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            latents = self.sample(model, self.batch.to(model.dit.device)).cpu()
+        context = self.batch.latents[:, : self.batch.context : 2]
+        rows = [
+            np.concatenate([*(self._frames(still[None])[0] for still in past), *self._some(made)], axis=1)
+            for past, made in zip(context, latents, strict=True)
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(rows)).save(self.folder / f"{step:06d}.png")
+
+    def _some(self, latents: Tensor) -> list[np.ndarray]:
+        frames = self._frames(latents)
+        return [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames)))]
+
+    def _frames(self, latents: Tensor) -> np.ndarray:
+        frames, _ = self.vae.decode(latents[None])
+        return to_uint8(frames[0].clamp(-1, 1))
