@@ -13,32 +13,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shotstream.errors import (
-    FAILED,
-    INTERRUPTED,
-    MISSING,
-    OUT_OF_MEMORY,
-    USAGE,
-    Failure,
-    is_out_of_memory,
-    one_line_errors,
-)
+from shotstream.errors import FAILED, MISSING, USAGE, Failure, one_line_errors
 from shotstream.evaluation.commands import eval_app
 from shotstream.train.commands import train_app
 
 if TYPE_CHECKING:
-    from shotstream.config import Config
+    from shotstream.film import Film, OnChunk, Planned
     from shotstream.pipeline import Pipeline
-    from shotstream.progress import Planned, Report, Summary
+    from shotstream.session import Chunk
     from shotstream.story import Story
-    from shotstream.video import VideoWriter
 
 app = typer.Typer(
     help="Direct video while it is being made.",
@@ -50,6 +40,7 @@ story_app = typer.Typer(help="Write, check and convert story files.", no_args_is
 app.add_typer(story_app, name="story")
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
+
 
 def main() -> None:
     """The console command."""
@@ -73,9 +64,7 @@ Output = Annotated[
     typer.Option("-o", "--output", help="Video: .mp4, .webm or .gif.", show_default="the story's name, .mp4"),
 ]
 Model = Annotated[str, typer.Option(help="Name of a built-in model, or path of a model file.")]
-Seed = Annotated[
-    int | None, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Use instead of the story's seed.")
-]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Use instead of the story's seed.")]
 Sheet = Annotated[Path | None, typer.Option(help="Also write a contact sheet: .png, .jpg or .webp.")]
 Scale = Annotated[
     int | None,
@@ -103,202 +92,63 @@ def generate(
     with one_line_errors(json_events):
         tale = Story.from_file(story)
         if seed is not None:
-            tale = tale.model_copy(update={"seed": seed})
+            tale = tale.reseeded(seed)
         output = output or Path(f"{story.stem}.mp4")
         _check_outputs(output, sheet)
-        pipeline, load_s = _timed_load(model, device)
-        shots = plan(tale, pipeline.config, str(story))
+        film = _plan(tale, model, device, str(story))
         told = report(json_events, dry_run)
-        for warning in warnings(tale, pipeline, shots):
+        for warning in film.warnings():
             told.warning(warning)
-        told.plan(tale.title, pipeline.config.name, tale.fps or pipeline.config.fps, tale.seed, shots)
-        if not dry_run:
-            told.summary(_make(tale, pipeline, shots, output, sheet, scale, told, load_s))
-
-
-def plan(story: Story, config: Config, name: str) -> list[Planned]:
-    """Every shot with its length, seed and context. Raises Failure for what cannot be done."""
-    from shotstream.progress import Planned
-
-    if story.size and story.size != (config.width, config.height):
-        made = f"{config.name} makes [{config.width}, {config.height}]"
-        raise Failure(f"{name}: size: {made}, not {list(story.size)}; remove the key", USAGE)
-    shots: list[Planned] = []
-    for i, shot in enumerate(story.shots):
-        if unused := [key for key in ("memory", "loras") if shot.model_dump(exclude_defaults=True).get(key)]:
-            where = f"{name}: shot {i + 1} ({shot.id}): {unused[0]}"
-            raise Failure(f"{where}: cannot be used by `generate` yet; remove the key", USAGE)
-        context = config.policy.boundary((), (), True, [past.frames for past in shots]).prefill
-        length = story.length_at(i, config)
-        shots.append(
-            Planned(
-                number=i + 1,
-                id=shot.id,
-                caption=story.expanded(i),
-                global_caption=story.global_at(i),
-                seed=story.seed_at(i),
-                chunks=length.chunks,
-                frames=length.frames,
-                remembers=tuple(
-                    f"{shots[past.shot].id}@{past.offset}" for past in context if past.offset >= 0
-                ),
-            )
-        )
-    return shots
-
-
-def warnings(story: Story, pipeline: Pipeline, shots: Sequence[Planned]) -> Iterator[str]:
-    """What a writer should know before waiting: words the model cannot read, rounded lengths, unused keys."""
-    if story.negative:
-        yield "negative: is not read, for this model works without guidance"
-    said = ""
-    for i, shot in enumerate(shots):
-        where = f"shot {shot.number} ({shot.id})"
-        if shot.global_caption != said:
-            said = shot.global_caption
-            yield from (f"{where}: global_caption: {text}" for text in pipeline.text.warnings(said))
-        yield from (f"{where}: caption: {text}" for text in pipeline.text.warnings(shot.caption))
-        if note := story.length_at(i, pipeline.config).note:
-            yield f"{where}: {note}, for shots are made of whole chunks"
+        told.plan(film)
+        if dry_run:
+            return
+        with _stopping_between_chunks(told.chunk) as tell, told:
+            summary = film.make(output, sheet, scale, tell)
+        told.summary(summary)
 
 
 def _check_outputs(output: Path, sheet: Path | None) -> None:
-    from shotstream.video import SHEET_KINDS, VideoError, check_output
+    from shotstream.video import VideoError, check_outputs
 
     try:
-        check_output(output)
-        if sheet:
-            check_output(sheet, SHEET_KINDS)
+        check_outputs(output, sheet)
     except VideoError as error:
         raise Failure(str(error), USAGE) from None
 
 
-def _timed_load(model: str, device: str) -> tuple[Pipeline, float]:
-    """The model, and the seconds it took to load."""
-    import torch
+def _plan(story: Story, model: str | Pipeline, device: str, name: str) -> Film:
+    from shotstream.film import DeviceError, plan
+    from shotstream.pipeline import ModelError
 
-    from shotstream.pipeline import ModelError, load
-
-    started = time.perf_counter()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or this torch was built without it
-        raise Failure(f"device {device!r}: {str(error).splitlines()[0]}; use cpu or auto", USAGE) from None
-    try:
-        return load(model, device=device), time.perf_counter() - started
+        return plan(story, model, device, name)
     except ModelError as error:
         raise Failure(str(error), MISSING) from None
-
-
-def _make(
-    story: Story,
-    pipeline: Pipeline,
-    shots: Sequence[Planned],
-    output: Path,
-    sheet_path: Path | None,
-    scale: int | None,
-    told: Report,
-    load_s: float,
-) -> Summary:
-    """Generate into the output file, and the sheet's if there is one."""
-    from shotstream.progress import Summary
-    from shotstream.session import Session
-    from shotstream.video import ContactSheet, VideoWriter, display_scale
-
-    config = pipeline.config
-    size, fps = (config.width, config.height), story.fps or config.fps
-    sheet = ContactSheet(story.title)
-    made = _how_made(story, pipeline, shots)
-    video = VideoWriter(output, fps, size, scale or display_scale(size), title=story.title, comment=made)
-    started, first_frame_s, seconds = time.perf_counter(), 0.0, 0.0
-    with _tell_what_is_kept(video), _stop_after_chunk() as stop, video, told:
-        session = Session(pipeline, seed=story.seed)
-        for shot in shots:
-            words = {"caption": shot.caption, "global_caption": shot.global_caption}
-            session.cut(**words, seed=shot.seed, chunks=shot.chunks, id=shot.id)
-        for chunk in session.stream():
-            seconds = time.perf_counter() - started
-            first_frame_s = first_frame_s or seconds
-            shot = shots[chunk.shot.index]
-            if chunk.index == 0:
-                video.begin_shot(f"{shot.number}. {shot.caption}"[:120])
-                sheet.begin_shot(shot.caption, shot.frames)
-            video.write(chunk.frames)
-            sheet.write(chunk.frames)
-            if chunk.is_last:
-                video.end_shot()
-            told.chunk(shot, chunk, seconds)
-            if stop:
-                raise KeyboardInterrupt
-    if sheet_path:
-        sheet.save(sheet_path)
-    return Summary(
-        output=str(output),
-        sheet=str(sheet_path) if sheet_path else None,
-        model=config.name,
-        revision=pipeline.revision,
-        seed=story.seed,
-        shots=video.shots,
-        frames=video.frames,
-        seconds=round(seconds, 3),
-        fps=round(video.frames / seconds, 2),
-        first_frame_s=round(first_frame_s, 3),
-        load_s=round(load_s, 3),
-        video_seconds=round(video.frames / fps, 3),
-    )
-
-
-def _how_made(story: Story, pipeline: Pipeline, shots: Sequence[Planned]) -> str:
-    """Everything needed to make the video again, as JSON for its metadata."""
-    keys = ("id", "global_caption", "caption", "seed", "chunks")
-    made = {
-        "shotstream": version("shotstream"),
-        "model": pipeline.config.name,
-        "revision": pipeline.revision,
-        "seed": story.seed,
-        "shots": [{key: getattr(shot, key) for key in keys} for shot in shots],
-    }
-    return json.dumps(made, ensure_ascii=False)
+    except DeviceError as error:
+        raise Failure(str(error), USAGE) from None
 
 
 @contextlib.contextmanager
-def _tell_what_is_kept(video: VideoWriter) -> Iterator[None]:
-    """When generating ends early, say which shots are in the file."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Failure(f"interrupted; {_kept(video)}", INTERRUPTED) from None
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        remedy = "out of memory; use fewer chunks per shot or a smaller model"
-        raise Failure(f"{remedy}; {_kept(video)}", OUT_OF_MEMORY) from None
-
-
-def _kept(video: VideoWriter) -> str:
-    if not video.shots:
-        return "no shot was finished, so nothing was written"
-    shots = "the finished shot is" if video.shots == 1 else f"the {video.shots} finished shots are"
-    return f"{shots} in {video.path} ({video.frames} frames)"
-
-
-@contextlib.contextmanager
-def _stop_after_chunk() -> Iterator[list[int]]:
-    """Ctrl-C fills the list, and the chunk under way is finished first; a second Ctrl-C stops at once."""
+def _stopping_between_chunks(tell: OnChunk) -> Iterator[OnChunk]:
+    """Ctrl-C (or SIGTERM) raises KeyboardInterrupt after the chunk under way, a second one at once."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[number])
         print("stopping after this chunk; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
-    before = signal.signal(signal.SIGINT, ask)
+    def tell_and_stop(shot: Planned, chunk: Chunk, seconds: float) -> None:
+        tell(shot, chunk, seconds)
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, ask) for number in (int(signal.SIGINT), int(signal.SIGTERM))}
     try:
-        yield asked
+        yield tell_and_stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # story
@@ -325,7 +175,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file if there 
 
 @story_app.command("check")
 def story_check(
-    stories: Annotated[list[Path], typer.Argument(metavar="STORY...", help="Story files.")],
+    stories: Annotated[list[Path], typer.Argument(metavar="STORY", help="Story files.")],
     model: Annotated[str | None, typer.Option(help="Also check the words against this model's.")] = None,
 ) -> None:
     """Say whether stories are valid, and if not, what to do."""
@@ -333,11 +183,13 @@ def story_check(
     from shotstream.story import Story
 
     with one_line_errors():
-        pipeline = _timed_load(model, "cpu")[0] if model else None
+        reader: str | Pipeline | None = model
         for path in stories:
             story = Story.from_file(path)
-            if pipeline:
-                for warning in warnings(story, pipeline, plan(story, pipeline.config, str(path))):
+            if reader:
+                film = _plan(story, reader, "cpu", str(path))
+                reader = film.pipeline  # loaded once
+                for warning in film.warnings():
                     print(f"warning: {path}: {warning}", file=sys.stderr)
             print(f"{path}: ok, {counted(len(story.shots), 'shot')}")
 
@@ -421,6 +273,8 @@ def doctor() -> None:
     import av
     import torch
 
+    from shotstream.pipeline import ModelError, load
+
     with one_line_errors():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -435,12 +289,15 @@ def doctor() -> None:
             + (f"without {', '.join(missing)}" if missing else "all encoders")
         )
         print(f"extra wan   {_installed('transformers', 'wan')}")
-        pipeline, load_s = _timed_load("storybook", "cpu")
-        print(f"storybook   revision {pipeline.revision[:12]}, loaded in {load_s:.1f} s")
+        started = time.perf_counter()
+        try:
+            revision = load("storybook").revision
+        except ModelError as error:
+            raise Failure(str(error), MISSING) from None
+        print(f"storybook   revision {revision}, loaded in {time.perf_counter() - started:.1f} s")
         if missing:
-            raise Failure(
-                "encoders are missing; install PyAV's own wheel: pip install --force-reinstall av", MISSING
-            )
+            remedy = "install PyAV's own wheel: pip install --force-reinstall av"
+            raise Failure(f"encoders are missing: {', '.join(missing)}; {remedy}", MISSING)
 
 
 def _installed(package: str, extra: str) -> str:

@@ -27,27 +27,37 @@ def one_line_errors(json_events: bool = False) -> Iterator[None]:
     """What a user can get wrong becomes one line on stderr (and an event); a defect keeps its traceback."""
     from shotstream.progress import event
     from shotstream.story import StoryError
-    from shotstream.video import VideoError
 
     try:
         yield
-        return
-    except StoryError as error:
-        message, code = str(error), USAGE
-    except VideoError as error:
-        message, code = str(error), FAILED
-    except Failure as error:
-        message, code = str(error), error.code
-    except KeyboardInterrupt:
-        message, code = "interrupted", INTERRUPTED
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (Failure, StoryError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        message, code = _explained(error)
+        if not message:
             raise
-        message, code = "out of memory; use a smaller model or another --device", OUT_OF_MEMORY
-    if json_events:
-        event("error", message=message, code=code)
-    print(f"shotstream: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+        message = "; ".join((message, *getattr(error, "__notes__", ())))  # such as what was kept of a video
+        print(f"shotstream: {message}", file=sys.stderr)
+        if json_events:
+            event("error", message=message, code=code)
+        raise typer.Exit(code) from None
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """The line and the exit code of an error; no line for a defect of ours."""
+    from shotstream.story import StoryError
+    from shotstream.video import VideoError
+
+    match error:
+        case Failure():
+            return str(error), error.code
+        case StoryError():
+            return str(error), USAGE
+        case VideoError():
+            return str(error), FAILED
+        case KeyboardInterrupt():
+            return "interrupted", INTERRUPTED
+        case Exception() if is_out_of_memory(error):
+            return "out of memory; use fewer chunks per shot, or a smaller model", OUT_OF_MEMORY
+    return "", FAILED
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -4,53 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from shotstream.film import Film, Planned, Summary
     from shotstream.session import Chunk
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A shot as it will be made. `remembers`: the frames of earlier shots that it sees, as `id@frame`."""
-
-    number: int
-    id: str
-    caption: str
-    global_caption: str
-    seed: int
-    chunks: int
-    frames: int
-    remembers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A finished video. `seconds` and `fps` are of generating, `video_seconds` of playing."""
-
-    output: str
-    sheet: str | None
-    model: str
-    revision: str
-    seed: int
-    shots: int
-    frames: int
-    seconds: float
-    fps: float
-    first_frame_s: float
-    load_s: float
-    video_seconds: float
 
 
 class Report(Protocol):
     """What `generate` tells. A context while chunks arrive."""
 
     def warning(self, text: str) -> None: ...
-    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None: ...
+    def plan(self, film: Film) -> None: ...
     def chunk(self, shot: Planned, chunk: Chunk, seconds: float) -> None: ...
     def summary(self, summary: Summary) -> None: ...
     def __enter__(self) -> Self: ...
@@ -67,8 +35,8 @@ def report(json_events: bool, rehearsal: bool) -> Report:
 
 
 def event(name: str, **fields: Any) -> None:
-    """One JSON line."""
-    print(json.dumps({"event": name, **fields}, ensure_ascii=False), flush=True)
+    """One JSON line, in ASCII: whatever the terminal's encoding, it can be read back."""
+    print(json.dumps({"event": name, **fields}), flush=True)
 
 
 class JsonReport:
@@ -77,9 +45,14 @@ class JsonReport:
     def warning(self, text: str) -> None:
         event("warning", message=text)
 
-    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None:
+    def plan(self, film: Film) -> None:
         event(
-            "plan", title=title, model=model, video_fps=fps, seed=seed, shots=[asdict(shot) for shot in shots]
+            "plan",
+            title=film.story.title,
+            model=film.pipeline.config.name,
+            video_fps=film.fps,
+            seed=film.story.seed,
+            shots=[asdict(shot) for shot in film.shots],
         )
 
     def chunk(self, shot: Planned, chunk: Chunk, seconds: float) -> None:
@@ -111,10 +84,11 @@ class LineReport:
     def warning(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None:
-        frames = sum(shot.frames for shot in shots)
-        length = f"{counted(len(shots), 'shot')}, {frames} frames, {frames / fps:.1f} s at {fps} fps"
-        print(f"{title or 'untitled'}: {length}, model {model}, seed {seed}", flush=True)
+    def plan(self, film: Film) -> None:
+        frames, title = sum(shot.frames for shot in film.shots), film.story.title or "untitled"
+        length = f"{frames} frames, {frames / film.fps:.1f} s at {film.fps} fps"
+        model = f"model {film.pipeline.config.name}, seed {film.story.seed}"
+        print(f"{title}: {counted(len(film.shots), 'shot')}, {length}, {model}", flush=True)
 
     def chunk(self, shot: Planned, chunk: Chunk, seconds: float) -> None:
         place = f"shot {shot.number} ({shot.id}), chunk {chunk.index + 1} of {chunk.chunks}"
@@ -136,9 +110,9 @@ class LineReport:
 class PlanReport(LineReport):
     """A rehearsal: every shot, its length, seed and what it will see of the past."""
 
-    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None:
-        super().plan(title, model, fps, seed, shots)
-        for shot in shots:
+    def plan(self, film: Film) -> None:
+        super().plan(film)
+        for shot in film.shots:
             length = f"{shot.frames} frames ({counted(shot.chunks, 'chunk')})"
             print(f"{shot.number} {shot.id}: {length}, seed {shot.seed}")
             print(f"    {shot.caption}")
@@ -150,14 +124,14 @@ class BarReport(LineReport):
 
     _bar: Progress
 
-    def plan(self, title: str, model: str, fps: int, seed: int, shots: Sequence[Planned]) -> None:
+    def plan(self, film: Film) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        super().plan(title, model, fps, seed, shots)
+        super().plan(film)
         text = TextColumn("{task.description}", markup=False)
         self._bar = Progress(text, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._task = self._bar.add_task("starting", total=sum(shot.frames for shot in shots))
-        self._shots = len(shots)
+        self._task = self._bar.add_task("starting", total=sum(shot.frames for shot in film.shots))
+        self._shots = len(film.shots)
 
     def chunk(self, shot: Planned, chunk: Chunk, seconds: float) -> None:
         place = f"shot {shot.number} of {self._shots} ({shot.id})"

@@ -210,6 +210,12 @@ class Story(_Strict):
                     "add it there, or double the braces to mean braces"
                 )
 
+    def reseeded(self, seed: int) -> Story:
+        """The same story with another seed. Raises StoryError."""
+        if not 0 <= seed < 2**63:
+            raise StoryError(f"seed: must be at least 0 and less than 2**63, not {seed}")
+        return self.model_copy(update={"seed": seed})
+
     def expanded(self, index: int) -> str:
         """The caption of shot `index` with the cast written out: what the model reads."""
         return self._expand(self.shots[index].caption)

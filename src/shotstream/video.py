@@ -99,12 +99,20 @@ def check_output(path: str | Path, kinds: Iterable[str] = VIDEO_KINDS) -> None:
     path = Path(path)
     if path.suffix.lower() not in kinds:
         raise VideoError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(kinds)}")
-    if path.is_dir():
-        raise VideoError(f"{path}: is a folder; give it a file name")
-    if not path.parent.is_dir():
-        raise VideoError(f"{path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise VideoError(f"{path}: the folder {path.parent} is not writable; choose another")
+    with _explained(path):  # a name too long, a folder that may not be looked into
+        if path.is_dir():
+            raise VideoError(f"{path}: is a folder; give it a file name")
+        if not path.parent.is_dir():
+            raise VideoError(f"{path}: there is no folder {path.parent}; make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise VideoError(f"{path}: the folder {path.parent} is not writable; choose another")
+
+
+def check_outputs(video: str | Path, sheet: str | Path | None = None) -> None:
+    """`check_output` of a video and of its contact sheet, if there will be one."""
+    check_output(video)
+    if sheet:
+        check_output(sheet, SHEET_KINDS)
 
 
 def display_scale(size: tuple[int, int]) -> int:
@@ -167,10 +175,19 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if error is None:
             self.close()
         else:
             self.abort()
+            error.add_note(self.kept)
+
+    @property
+    def kept(self) -> str:
+        """What a video that ended early holds, for people."""
+        if not self.shots:
+            return "no shot was finished, so nothing was written"
+        shots = "the finished shot is" if self.shots == 1 else f"the {self.shots} finished shots are"
+        return f"{shots} in {self.path} ({self.frames} frames)"
 
     def begin_shot(self, title: str) -> None:
         """Start a shot (and its chapter); ends the one before it."""

@@ -10,25 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention: q [b l n d], k and v [b s n d], mask [l s] or [b 1 l s] (True = may look) -> [b l n d].
-
-    On the CPU two plain matrix products beat the fused kernel for our lengths, in bf16 by a factor (docs/LOG.md);
-    elsewhere the fused kernel is used.
-    """
+    """Softmax attention: q [b l n d], k and v [b s n d], mask [l s] or [b 1 l s] (True = may look) -> [b l n d]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    attend = _matmul_attention if q.device.type == "cpu" else _fused_attention
-    return attend(q, k, v, mask).transpose(1, 2)
-
-
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1) @ v
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def block_causal_mask(tags: Sequence[int], tokens: int, device: torch.device | None = None) -> Tensor:

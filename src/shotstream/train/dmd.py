@@ -206,7 +206,7 @@ def train(
     if state := run.resume(out / "checkpoint.pt"):
         trio.student.load_state_dict(state["network"])
         trio.critic.load_state_dict(state["critic"])
-        run.restore_random_state(rng, state["random"])
+        run.restore_random_state(rng, state["random"], rank)
         step = state["step"]
     run.write_config(out, model=model, recipe=cfg, run=runs)
     pace = Pace(runs)

@@ -23,10 +23,9 @@ from torch import Tensor
 from shotstream.config import Config
 from shotstream.data.storybook import Batch, Stories
 from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, spread, to_x0
-from shotstream.models.attention import block_causal_mask
 from shotstream.train import run
 from shotstream.train.run import Log, Network, Pace, RunConfig, learning_scale
-from shotstream.train.teacher import Model, places
+from shotstream.train.teacher import Model, places, student_mask
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,12 @@ def loss(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.ran
     x = states[torch.arange(count)[:, None].to(level), level, torch.arange(frames)[None].to(level)]
     x = torch.cat((batch.latents[:, :context], x), dim=1)
     sigmas = torch.cat((torch.zeros(count, context, device=level.device), levels[level]), dim=1)
-    tags = [0] * context + [1 + i // config.chunk for i in range(frames)]
-    tokens = (x.shape[-1] // dit.config.patch) * (x.shape[-2] // dit.config.patch)
     velocity = dit(
         x,
         sigmas * TIMESTEPS,
         model.read(batch.words, batch.index),
         places(dit, batch.positions, batch.flags, x.shape),
-        mask=block_causal_mask(tags, tokens, x.device),
+        mask=student_mask(context, frames, x.shape[-2:], dit),
     )
     x0 = to_x0(x, velocity, sigmas)[:, context:]
     error = (x0 - target).square().mean((2, 3, 4))
@@ -151,7 +148,7 @@ def train(
     step = 0
     if state := run.resume(out / "checkpoint.pt"):
         network.load_state_dict(state["network"])
-        run.restore_random_state(rng, state["random"])
+        run.restore_random_state(rng, state["random"], rank)
         step = state["step"]
     run.write_config(out, model=model, recipe=cfg, run=runs)
     pace = Pace(runs)

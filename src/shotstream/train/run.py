@@ -175,9 +175,13 @@ def random_state(rng: np.random.Generator) -> dict[str, Any]:
     return {"numpy": json.dumps(rng.bit_generator.state), "torch": torch.get_rng_state()}
 
 
-def restore_random_state(rng: np.random.Generator, state: dict[str, Any]) -> None:
+def restore_random_state(rng: np.random.Generator, state: dict[str, Any], rank: int = 0) -> None:
+    """Go on where rank 0 stopped; other ranks branch off from there, so that no two draw the same samples."""
     rng.bit_generator.state = json.loads(state["numpy"])
     torch.set_rng_state(state["torch"])
+    if rank:
+        rng.bit_generator.state = np.random.PCG64(rng.integers(2**63) + rank).state
+        torch.manual_seed(int(rng.integers(2**63)))
 
 
 def seed_everything(seed: int, rank: int = 0) -> np.random.Generator:

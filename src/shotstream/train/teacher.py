@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from shotstream.config import Config
 from shotstream.data.storybook import Batch, Stories
 from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, spread
+from shotstream.models.attention import block_causal_mask
 from shotstream.models.dit import DiT, Text
 from shotstream.models.rope import Rotation, angles, tables
 from shotstream.models.text import Words
@@ -26,6 +27,7 @@ from shotstream.train import run
 from shotstream.train.run import Log, Network, RunConfig, learning_scale
 
 PHASE = 1 / 6  # radian per shot
+CHUNK = 3  # latent frames
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class TeacherConfig:
     sigma_deviation: float = 1.1
     sigma_floor: float = 0.3  # below it an x0 head is not asked for ever finer detail: weight (sigma / floor)^2
     cast_weight: float = 2.0  # extra loss weight of latent cells that the cast covers
+    causal: float = 0.0  # share of batches behind the student's block-causal mask: a head start for `train.ode`
 
 
 class Model(nn.Module):
@@ -61,9 +64,24 @@ def places(dit: DiT, positions: Tensor, flags: Tensor, shape: torch.Size) -> Rot
     return tables(angle, dit.device, dit.dtype)
 
 
-def draw_sigmas(rng: np.random.Generator, count: int, config: TeacherConfig) -> Tensor:
+def shot_sigmas(rng: np.random.Generator, count: int, frames: int, config: TeacherConfig) -> Tensor:
+    """One noise level per sample: [b f]."""
     normal = rng.normal(config.sigma_mean, config.sigma_deviation, size=count)
-    return torch.sigmoid(torch.tensor(normal, dtype=torch.float32))
+    return torch.sigmoid(torch.tensor(normal, dtype=torch.float32))[:, None].repeat(1, frames)
+
+
+def chunk_sigmas(rng: np.random.Generator, count: int, frames: int, config: TeacherConfig) -> Tensor:
+    """A noise level per chunk, [b f]; in half of the samples every chunk but the last is clean, as in a rollout."""
+    normal = rng.normal(config.sigma_mean, config.sigma_deviation, size=(count, frames // CHUNK))
+    sigmas = torch.sigmoid(torch.tensor(normal, dtype=torch.float32))
+    sigmas[torch.from_numpy(rng.random(count) < 0.5), :-1] = 0
+    return sigmas.repeat_interleave(CHUNK, dim=1)
+
+
+def student_mask(context: int, frames: int, size: torch.Size, dit: DiT) -> Tensor:
+    """The block-causal mask of the student over [context | target chunks], for latents of this height and width."""
+    tags = [0] * context + [1 + i // CHUNK for i in range(frames)]
+    return block_causal_mask(tags, (size[0] // dit.config.patch) * (size[1] // dit.config.patch), dit.device)
 
 
 def drop_text(rng: np.random.Generator, words: Tensor, index: Tensor, share: float) -> Tensor:
@@ -78,18 +96,20 @@ def loss(model: Model, batch: Batch, rng: np.random.Generator, config: TeacherCo
     """Mean squared error of the target's velocity; the context stays clean, at timestep 0."""
     dit, context = model.dit, batch.context
     clean = batch.latents
-    sigma = draw_sigmas(rng, len(clean), config).to(clean.device)
-    sigmas = sigma[:, None].expand(clean.shape[:2]).clone()
-    sigmas[:, :context] = 0
+    causal = rng.random() < config.causal
+    draw = chunk_sigmas if causal else shot_sigmas
+    sigma = draw(rng, len(clean), clean.shape[1] - context, config).to(clean.device)
+    sigmas = torch.cat((torch.zeros(len(clean), context, device=clean.device), sigma), dim=1)
     noise = torch.randn_like(clean)
     noisy = add_noise(clean, noise, sigmas)
     text = model.read(drop_text(rng, batch.words, batch.index, config.drop_text), batch.index)
     where = places(dit, batch.positions, batch.flags, clean.shape)
-    velocity = dit(noisy, sigmas * TIMESTEPS, text, where)
+    mask = student_mask(context, sigma.shape[1], clean.shape[-2:], dit) if causal else None
+    velocity = dit(noisy, sigmas * TIMESTEPS, text, where, mask=mask)
     error = (velocity - (noise - clean))[:, context:].float().square().mean(2)
     weight = 1 + config.cast_weight * (batch.coverage > 0)
-    fine = (sigma / config.sigma_floor).clamp(max=1).square()[:, None, None, None]
-    return (error * weight * fine).sum() / weight.sum()
+    fine = (sigma / config.sigma_floor).clamp(max=1).square()[:, :, None, None]
+    return (error * weight * fine).sum() / (weight * (fine > 0)).sum()
 
 
 def train(
@@ -109,7 +129,7 @@ def train(
     step = 0
     if state := run.resume(out / "checkpoint.pt"):
         network.load_state_dict(state["network"])
-        run.restore_random_state(rng, state["random"])
+        run.restore_random_state(rng, state["random"], rank)
         step = state["step"]
     run.write_config(out, model=model, recipe=cfg, run=runs)
     if cfg.compile:
