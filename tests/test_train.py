@@ -12,19 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from shotstream.checkpoints import read_model
 from shotstream.config import PatchVAEConfig
 from shotstream.data.storybook import Stories, fit_vae, write_shards
 from shotstream.flow import TIMESTEPS
 from shotstream.memory.policies.dual_buffer import context_picks
 from shotstream.models.patch_vae import PatchVAE
-from shotstream.pipeline import Pipeline
+from shotstream.pipeline import Pipeline, load
 from shotstream.session import Session
 from shotstream.storybook.draw import SHOT_FRAMES
 from shotstream.train import autoencoder, dmd, ode, run, teacher
 from shotstream.train.autoencoder import AutoencoderConfig
 from shotstream.train.dmd import DMDConfig, FreshNoise, rollout
 from shotstream.train.ode import ODEConfig
-from shotstream.train.recipe import RECIPES, fresh, run_stage
+from shotstream.train.recipe import RECIPES, fresh, run_all, run_stage
 from shotstream.train.run import Network, RunConfig
 from shotstream.train.teacher import Model, TeacherConfig
 
@@ -110,7 +111,7 @@ def train_teacher(stories: Stories, out: Path) -> Network[Model]:
 
 
 def train_ode(stories: Stories, out: Path) -> Network[Model]:
-    return ode.train(CONFIG, ODEConfig(source="data"), settings(out, 4), stories, fresh(TINY, 0))
+    return ode.train(CONFIG, ODEConfig(source="guided"), settings(out, 4), stories, fresh(TINY, 0))
 
 
 def train_dmd(stories: Stories, out: Path) -> Network[Model]:
@@ -247,3 +248,17 @@ def test_a_wrong_setting_or_missing_stage_is_named(tmp_path: Path) -> None:
         run_stage(RECIPE, "shot", tmp_path, [])
     with pytest.raises(ValueError, match="unknown stage"):
         run_stage(RECIPE, "nothing", tmp_path, [])
+
+
+def test_the_smoke_recipe_goes_from_nothing_to_a_model_that_generates(tmp_path: Path) -> None:
+    path = run_all(RECIPE, tmp_path, [])
+    for stage in ("autoencoder", "image", "shot", "next", "ode", "stage1", "stage2"):
+        assert (tmp_path / stage / "checkpoint.pt").exists() and (tmp_path / stage / "config.json").exists()
+    pipeline = load(path)
+    session = Session(pipeline, seed=1)
+    session.cut("a wide shot of a green bear")
+    frames = np.concatenate([chunk.frames for chunk in session.stream()])
+    assert frames.shape == (SHOT_FRAMES, CONFIG.height, CONFIG.width, 3)
+    _, _, before, _ = read_model(path)
+    _, _, after, _ = read_model(run_all(RECIPE, tmp_path, []))  # everything is finished: nothing changes
+    assert all(torch.equal(before[name], after[name]) for name in before)

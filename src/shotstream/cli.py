@@ -8,6 +8,7 @@ Torch is imported only by the commands that compute, so that `--help` answers at
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -44,6 +45,8 @@ app.add_typer(eval_app, name="eval")
 
 def main() -> None:
     """The console command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caption that the terminal's encoding lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

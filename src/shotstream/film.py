@@ -232,5 +232,6 @@ def find_device(name: str) -> str:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # no such device, or not in this build of torch
-        raise DeviceError(f"device {name!r}: {str(error).splitlines()[0]}; use cpu or auto") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise DeviceError(f"device {name!r}: {reason}; use cpu or auto") from None
     return name

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEPTH_LIMIT = 16  # nesting of YAML; our format needs 5
 
 _SHOT_KEY = re.compile(r"shot_?(\d{1,6})")
+_ENDLESS = re.compile(r"\d{1000}")
 _GLOBAL = re.compile(r"\s*global\s*:\s*", re.IGNORECASE)
 
 
@@ -38,6 +39,8 @@ def read(text: str, name: str) -> Any:
     """
     if not text.strip():
         raise ValueError("is empty; `shotstream story new` starts a story")
+    if number := _ENDLESS.search(text):  # Python refuses to read it, and says how to change Python
+        raise ValueError(f"line {text.count(chr(10), 0, number.start()) + 1}: a number without end; shorten it")
     if name.lower().endswith(".txt") or _GLOBAL.match(text):
         return from_plain_text(text)
     data = read_json(text) if text.lstrip().startswith("{") else read_yaml(text)

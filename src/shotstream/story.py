@@ -39,6 +39,7 @@ CAPTION_LIMIT = 4096  # bytes of UTF-8
 
 _MACRO = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _NAME = re.compile(r"[\w-]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")  # no tab, no line break
 _PIN = re.compile(r"(?P<shot>[\w-]+)@(?P<frame>\d{1,6})")
 
 
@@ -68,7 +69,10 @@ class Length:
 def _tidy(text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("holds half a character (a lone surrogate); type it again")
-    return unicodedata.normalize("NFC", "\n".join(text.splitlines())).strip()  # every line break is a newline
+    text = "\n".join(text.splitlines())  # every line break is a newline
+    if control := _CONTROL.search(text):
+        raise ValueError(f"holds the control character U+{ord(control[0]):04X}; remove it")
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def _global_caption(text: str) -> str:
@@ -203,12 +207,16 @@ class Story(_Strict):
         return self
 
     def _check_macros(self, where: str, text: str) -> None:
+        size = len(text.encode())
         for name in _macros(text):
             if name not in self.cast:
                 raise ValueError(
                     f"{where}: {{{name}}} is not in cast{_near(name, list(self.cast))}; "
                     "add it there, or double the braces to mean braces"
                 )
+            size += len(self.cast[name].encode())
+        if size > CAPTION_LIMIT:
+            raise ValueError(f"{where}: is {size} bytes long with its cast; shorten it to {CAPTION_LIMIT}")
 
     def reseeded(self, seed: int) -> Story:
         """The same story with another seed. Raises StoryError."""
@@ -267,6 +275,9 @@ class Story(_Strict):
         try:
             if (size := len(text.encode())) > FILE_LIMIT:
                 raise ValueError(f"is {size} bytes long; the limit is {FILE_LIMIT}, split the story")
+            if control := _CONTROL.search(text):
+                where = f"line {text.count(chr(10), 0, control.start()) + 1}"
+                raise ValueError(f"{where}: control character U+{ord(control[0]):04X}; is this a text? remove it")
             data = formats.read(text, name)
             if not isinstance(data, dict):
                 raise ValueError(f"holds {_kind(data)}, not a story; it needs 'shots:', a list with captions")
@@ -287,6 +298,8 @@ class Story(_Strict):
             return cls.parse(content.decode("utf-8-sig"), str(path))
         except FileNotFoundError:
             raise StoryError(f"{path}: no such file; `shotstream story new` starts one") from None
+        except IsADirectoryError:
+            raise StoryError(f"{path}: is a folder; name a story file in it") from None
         except OSError as error:
             raise StoryError(f"{path}: {error.strerror}; check the path and its permissions") from None
         except UnicodeDecodeError as error:
@@ -332,13 +345,15 @@ def _nearest(frames: int, asked: str, model: Timing) -> Length:
 
 def _complaint(error: ValidationError, data: dict[str, Any]) -> str:
     """The first thing pydantic found, in one line for the person who wrote the file."""
-    errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] not in _KEY_ERRORS)
     first = errors[0]  # a misspelt key before the key that is missing for it
     loc: tuple[int | str, ...] = first["loc"]
-    where = place(loc[:-1] if first["type"] == "extra_forbidden" else loc, _shot_id(loc, data))
+    where = place(loc[:-1] if first["type"] in _KEY_ERRORS else loc, _shot_id(loc, data))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return _one_line(f"{where}{': ' if where else ''}{_what(first)}{more}")
 
+
+_KEY_ERRORS = ("extra_forbidden", "invalid_key")
 
 _MODELS: dict[int | str, type[BaseModel]] = {
     "shots": Shot,
@@ -354,7 +369,9 @@ def _what(error: Any) -> str:
         case "extra_forbidden":
             key = str(error["loc"][-1])
             fields = list(_model_at(error["loc"][:-1]).model_fields)
-            return f"unknown key {_shown(key)}{_near(key, fields)}; keys: {', '.join(fields)}"
+            return f"unknown key {_shown(key)}{_near(key, fields) or '; keys: ' + ', '.join(fields)}"
+        case "invalid_key":
+            return f"key {error['loc'][-1]} must be text, not {_kind(value)}; put it in quotes"
         case "missing":
             return "is missing; add it"
         case "value_error":

@@ -99,7 +99,8 @@ def check_output(path: str | Path, kinds: Iterable[str] = VIDEO_KINDS) -> None:
     path = Path(path)
     if path.suffix.lower() not in kinds:
         raise VideoError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(kinds)}")
-    with _explained(path):  # a name too long, a folder that may not be looked into
+    with _explained(path):
+        _unfinished(path).exists()  # raises if a name is too long, or a folder may not be looked into
         if path.is_dir():
             raise VideoError(f"{path}: is a folder; give it a file name")
         if not path.parent.is_dir():
@@ -166,7 +167,7 @@ class VideoWriter:
         self._packets: list[Packet] = []  # of the shot under way
         self._chapters: list[av.container.core.Chapter] = []
         self._closed = False
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._temporary = _unfinished(self.path)
         self._open(title, comment)
 
     def __enter__(self) -> Self:
@@ -321,6 +322,11 @@ def _explained(path: Path) -> Iterator[None]:
         raise VideoError(f"{path}: {reason}; {remedy}") from error
 
 
+def _unfinished(path: Path) -> Path:
+    """The name of a file until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def _url(path: str | Path) -> str:
     return f"file:{path}"  # or FFmpeg would take "take 1: forest.mp4" for a protocol
 
@@ -408,7 +414,7 @@ class ContactSheet:
         """Write the sheet as .png, .jpg or .webp; the name appears when it is whole. Raises VideoError."""
         check_output(path, SHEET_KINDS)
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        temporary = _unfinished(path)
         try:
             with _explained(path):
                 self.image().save(temporary, format=Image.registered_extensions()[path.suffix.lower()])

@@ -5,11 +5,14 @@
 
 A pair is the teacher's trajectory from noise to a shot, kept at the student's noise levels. The student sees the whole
 sequence at once behind a block-causal mask, each chunk at a level of its own, and regresses the clean end.
-With `source="data"` the states are data plus noise instead: no teacher is sampled, at the price of means for answers.
+With `source="data"` the states are data plus noise: no teacher is sampled, at the price of means for answers. With
+`source="guided"` the answers are the teacher's with guidance, behind the same mask: worth it when the
+teacher has met that mask (`TeacherConfig.causal`) and its trajectories are still rough.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -23,6 +26,8 @@ from torch import Tensor
 from shotstream.config import Config
 from shotstream.data.storybook import Batch, Stories
 from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, spread, to_x0
+from shotstream.models.dit import Text
+from shotstream.models.rope import Rotation
 from shotstream.train import run
 from shotstream.train.run import Log, Network, Pace, RunConfig, learning_scale
 from shotstream.train.teacher import Model, places, student_mask
@@ -32,7 +37,7 @@ from shotstream.train.teacher import Model, places, student_mask
 class ODEConfig:
     """What is special to this recipe."""
 
-    source: str = "pairs"  # "pairs" (the teacher's trajectories) or "data"
+    source: str = "pairs"  # "pairs" (the teacher's trajectories), "data" or "guided"
     pairs: str = ""  # folder of pairs
     first_shots: float = 0.25  # share of batches without context
     euler_steps: int = 12  # of the teacher; a multiple of the student's number of steps
@@ -102,28 +107,50 @@ def noised(batch: Batch, sigmas: tuple[float, ...]) -> Tensor:
     return torch.stack([*(add_noise(clean, noise, torch.tensor(s)) for s in sigmas), clean], dim=1)
 
 
-def loss(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.random.Generator) -> Tensor:
-    """Mean squared error of x0 where there is noise; each chunk at a level of its own (the last level is clean)."""
-    dit, context = model.dit, batch.context
-    target = states[:, -1]
-    levels = torch.tensor((*config.schedule.sigmas(), 0.0), device=target.device)
+@dataclass(frozen=True)
+class Task:
+    """What the student is shown: the whole sequence, each chunk at a level of its own, behind the block-causal mask."""
+
+    x: Tensor  # b f c h w: clean context, then chunks
+    sigmas: Tensor  # b f
+    text: Text
+    places: Rotation
+    mask: Tensor
+    clean: Tensor  # the target's clean end
+
+    def x0(self, model: Model, text: Text | None = None) -> Tensor:
+        """The clean estimate of the target by `model`."""
+        velocity = model.dit(self.x, self.sigmas * TIMESTEPS, text or self.text, self.places, mask=self.mask)
+        return to_x0(self.x, velocity, self.sigmas)[:, -self.clean.shape[1] :]
+
+
+def task(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.random.Generator) -> Task:
+    """Draw a level per chunk, uniform and independent; the last level is clean."""
+    context, target = batch.context, states[:, -1]
     count, frames = target.shape[:2]
-    chunks = frames // config.chunk
-    level = torch.from_numpy(rng.integers(len(levels), size=(count, chunks))).to(target.device)
+    levels = torch.tensor((*config.schedule.sigmas(), 0.0), device=target.device)
+    level = torch.from_numpy(rng.integers(len(levels), size=(count, frames // config.chunk))).to(target.device)
     level = level.repeat_interleave(config.chunk, dim=1)
     x = states[torch.arange(count)[:, None].to(level), level, torch.arange(frames)[None].to(level)]
     x = torch.cat((batch.latents[:, :context], x), dim=1)
     sigmas = torch.cat((torch.zeros(count, context, device=level.device), levels[level]), dim=1)
-    velocity = dit(
-        x,
-        sigmas * TIMESTEPS,
-        model.read(batch.words, batch.index),
-        places(dit, batch.positions, batch.flags, x.shape),
-        mask=student_mask(context, frames, x.shape[-2:], dit),
-    )
-    x0 = to_x0(x, velocity, sigmas)[:, context:]
-    error = (x0 - target).square().mean((2, 3, 4))
-    noisy = (sigmas[:, context:] > 0).float()
+    where = places(model.dit, batch.positions, batch.flags, x.shape)
+    mask = student_mask(context, frames, x.shape[-2:], model.dit)
+    return Task(x, sigmas, model.read(batch.words, batch.index), where, mask, target)
+
+
+@torch.no_grad()
+def guided(teacher: Model, batch: Batch, task: Task, guidance: float) -> Tensor:
+    """What the teacher answers to the same task with guidance: the student learns to answer so in one pass."""
+    text = teacher.read(batch.words, batch.index)
+    null = teacher.read(torch.zeros_like(batch.words[:1]), torch.zeros_like(batch.index))
+    return guide(task.x0(teacher, text), task.x0(teacher, null), guidance)
+
+
+def loss(model: Model, task: Task, target: Tensor) -> Tensor:
+    """Mean squared error of x0 where there is noise."""
+    error = (task.x0(model) - target).square().mean((2, 3, 4))
+    noisy = (task.sigmas[:, -target.shape[1] :] > 0).float()
     return (error * noisy).sum() / noisy.sum().clamp(min=1)
 
 
@@ -142,6 +169,7 @@ def train(
     log = Log(out, enabled=rank == 0)
     masters.text.requires_grad_(False)  # trained with the teacher; frozen from here on
     network = Network(masters, runs)
+    teacher = copy.deepcopy(masters)
     shards = sorted(Path(cfg.pairs).glob("pairs-*.safetensors")) if cfg.source == "pairs" else []
     if cfg.source == "pairs" and not shards:
         raise FileNotFoundError(f"{cfg.pairs}: no pairs; write them with `shotstream train stage pairs`")
@@ -159,7 +187,10 @@ def train(
             kind = "shot" if rng.random() < cfg.first_shots else "next"
             batch = stories.batch(rng, runs.batch, kind)
             states = noised(batch, model.schedule.sigmas())
-        value = loss(network.compute, batch.to(runs.device), states.to(runs.device), model, rng)
+        batch, states = batch.to(runs.device), states.to(runs.device)
+        shown = task(network.compute, batch, states, model, rng)
+        target = guided(teacher, batch, shown, cfg.guidance) if cfg.source == "guided" else shown.clean
+        value = loss(network.compute, shown, target)
         value.backward()
         norm = network.step(learning_scale(step, runs))
         step += 1
