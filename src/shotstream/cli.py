@@ -61,7 +61,7 @@ def _options(
 
 # generate
 
-StoryFile = Annotated[Path, typer.Argument(metavar="STORY", help="Story file: .yaml, .json or .txt.")]
+StoryFile = Annotated[Path, typer.Argument(metavar="STORY", readable=False, help="Story: .yaml, .json or .txt.")]
 Output = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Video: .mp4, .webm or .gif.", show_default="the story's name, .mp4"),
@@ -178,7 +178,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file if there 
 
 @story_app.command("check")
 def story_check(
-    stories: Annotated[list[Path], typer.Argument(metavar="STORY", help="Story files.")],
+    stories: Annotated[list[Path], typer.Argument(metavar="STORY", readable=False, help="Story files.")],
     model: Annotated[str | None, typer.Option(help="Also check the words against this model's.")] = None,
 ) -> None:
     """Say whether stories are valid, and if not, what to do."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -30,11 +31,14 @@ def one_line_errors(json_events: bool = False) -> Iterator[None]:
 
     try:
         yield
-    except (Failure, StoryError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        sys.stdout.flush()
+    except (Failure, StoryError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
         message, code = _explained(error)
         if not message:
             raise
         message = "; ".join((message, *getattr(error, "__notes__", ())))  # such as what was kept of a video
+        if isinstance(error, OSError) and error.filename is None:  # Python would try again to write, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"shotstream: {message}", file=sys.stderr)
         if json_events:
             event("error", message=message, code=code)
@@ -53,6 +57,11 @@ def _explained(error: BaseException) -> tuple[str, int]:
             return str(error), USAGE
         case VideoError():
             return str(error), FAILED
+        case BrokenPipeError():
+            return "nobody reads the output any more", FAILED
+        case OSError():
+            where = f"{error.filename}" if error.filename else "standard output"
+            return f"{where}: {error.strerror}; check the path, its permissions and the space there", FAILED
         case KeyboardInterrupt():
             return "interrupted", INTERRUPTED
         case Exception() if is_out_of_memory(error):

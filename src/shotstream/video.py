@@ -9,8 +9,9 @@
                 video.end_shot()
 
 The file is written under a temporary name and renamed when it is whole. If the block is left by an exception
-(Ctrl-C too), the shot under way is dropped and the finished shots become the file: it always plays, and its
-last chapter is never half a shot. Memory does not grow with the length of the film.
+(Ctrl-C and a full disk too), the shot under way is dropped and the finished shots become the file: it always
+plays, and its last chapter is never half a shot; a note of the exception says what was kept. Memory does not
+grow with the length of the film.
 
 Frames here are uint8 RGB `f h w 3`; `frames_to_uint8` makes them of floats in [-1, 1].
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -167,6 +169,7 @@ class VideoWriter:
         self._packets: list[Packet] = []  # of the shot under way
         self._chapters: list[av.container.core.Chapter] = []
         self._closed = False
+        self._bytes = 4 * len(title + comment)  # of the whole file, all but the index
         self._temporary = _unfinished(self.path)
         self._open(title, comment)
 
@@ -178,17 +181,12 @@ class VideoWriter:
     ) -> None:
         if error is None:
             self.close()
-        else:
+            return
+        try:
             self.abort()
-            error.add_note(self.kept)
-
-    @property
-    def kept(self) -> str:
-        """What a video that ended early holds, for people."""
-        if not self.shots:
-            return "no shot was finished, so nothing was written"
-        shots = "the finished shot is" if self.shots == 1 else f"the {self.shots} finished shots are"
-        return f"{shots} in {self.path} ({self.frames} frames)"
+            error.add_note(self._kept())
+        except VideoError as failure:
+            error.add_note(f"nothing could be kept: {failure}")
 
     def begin_shot(self, title: str) -> None:
         """Start a shot (and its chapter); ends the one before it."""
@@ -216,6 +214,8 @@ class VideoWriter:
         if self._next == start:
             return
         with _explained(self.path):
+            self._bytes += sum(packet.size for packet in self._packets)
+            self._check_room()
             self._container.mux(self._packets)
         self._packets = []
         self.shots += 1
@@ -277,6 +277,20 @@ class VideoWriter:
         if self._next == self.frames:
             picture.pict_type = PictureType.I
         return picture
+
+    def _check_room(self) -> None:
+        """Refuse a shot while there is still room to end the file: after a failed write FFmpeg can save nothing."""
+        size = 64 * (1024 + self._next) + self._bytes  # some bytes per frame for the index, and a reserve
+        written = self._temporary.stat().st_size if self._temporary.exists() else 0  # WebM waits for seconds
+        if size > written + shutil.disk_usage(self.path.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _kept(self) -> str:
+        """What a video that ended early holds, for people."""
+        if not self.shots:
+            return "no shot was finished, so nothing was written"
+        shots = "the finished shot is" if self.shots == 1 else f"the {self.shots} finished shots are"
+        return f"{shots} in {self.path} ({self.frames} frames)"
 
     def _finish(self) -> None:
         if self._closed:
