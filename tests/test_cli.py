@@ -12,6 +12,7 @@ from pathlib import Path
 
 import av
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from shotstream import film
@@ -61,6 +62,7 @@ def command(*arguments: str, **options: object) -> subprocess.Popen:
     """The command in a process of its own."""
     code = "from shotstream.cli import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONUNBUFFERED", None)  # output waits in a buffer, as it does for most people
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, text=True, **options)
 
 
@@ -191,13 +193,19 @@ def test_unknown_words_rounded_lengths_and_unused_keys_are_warned_of(folder):
         (SHORT, ["--model", "storybok"], 3, "unknown model 'storybok'"),
         (SHORT, ["--model", "bad.safetensors"], 3, "bad.safetensors: "),
         (SHORT, ["--model", "gone.safetensors"], 3, "gone.safetensors: no such file"),
+        (SHORT, ["--model", "text.safetensors"], 3, "text.safetensors: not a shotstream model"),
         (SHORT, ["--device", "abacus"], 2, "device 'abacus': "),
+        (SHORT, ["--seed", "-1"], 2, "seed: must be at least 0"),
+        (SHORT, ["-o", "folder.mp4"], 2, "folder.mp4: is a folder"),
+        (SHORT, ["-o", f"{'x' * 250}.mp4"], 2, ".mp4: File name too long"),
     ],
 )
 def test_bad_input_is_one_line_a_code_and_no_file(folder, story, arguments, code, says):
     if story is not None:
         Path("x.yaml").write_text(story)
     Path("bad.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"this is no model")
+    Path("text.safetensors").write_text("A text, and no model at all.")
+    Path("folder.mp4").mkdir()
     before = files(folder)
     for extra in ([], ["--json"]):
         result = tiny("x.yaml", *extra, *arguments)
@@ -232,22 +240,11 @@ def test_out_of_memory_keeps_the_finished_shots(folder, monkeypatch):
     assert len(list(read_video("out.mp4"))) == 9
 
 
-def test_ctrl_c_in_mid_shot_leaves_the_finished_shots(folder):
+@pytest.mark.parametrize("ask", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_mid_shot_leaves_the_finished_shots(folder, ask):
     Path("long.yaml").write_text(SHORT + "  - {id: long, caption: the bear sits, chunks: 500}\n")
     run = command(
-        *(
-            "generate",
-            "long.yaml",
-            "-o",
-            "out.mp4",
-            "--model",
-            "tiny",
-            "--device",
-            "cpu",
-            "--json",
-            "--scale",
-            "1",
-        ),
+        *("generate", "long.yaml", "-o", "out.mp4", "--model", "tiny", "--device", "cpu", "--json", "--scale", "1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -257,7 +254,7 @@ def test_ctrl_c_in_mid_shot_leaves_the_finished_shots(folder):
         if told["event"] == "chunk" and told["id"] == "long" and told["chunk"] == 2:
             break
     assert not Path("out.mp4").exists()
-    run.send_signal(signal.SIGINT)
+    run.send_signal(ask)
     rest, complaint = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "stopping after this chunk" in complaint
@@ -266,6 +263,42 @@ def test_ctrl_c_in_mid_shot_leaves_the_finished_shots(folder):
     assert len(list(read_video("out.mp4"))) == 30
     assert len(read_chapters("out.mp4")) == 2
     assert files(folder) == {"short.yaml", "long.yaml", "out.mp4"}
+
+
+def test_a_reader_that_goes_away_stops_the_film_and_keeps_the_finished_shots(folder):
+    """`shotstream generate ... | head`: one line on stderr, no traceback, none from Python's end either."""
+    Path("long.yaml").write_text(SHORT + "  - {id: long, caption: the bear sits, chunks: 500}\n")
+    run = command(
+        *("generate", "long.yaml", "-o", "out.mp4", "--model", "tiny", "--device", "cpu", "--scale", "1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert run.stdout is not None and run.stderr is not None
+    while "shot 3" not in run.stdout.readline():
+        pass
+    run.stdout.close()
+    complaint = "shotstream: nobody reads the output any more; the 2 finished shots are in out.mp4 (30 frames)\n"
+    assert run.stderr.read() == complaint
+    assert run.wait(timeout=60) == 1
+    assert len(list(read_video("out.mp4"))) == 30
+    assert files(folder) == {"short.yaml", "long.yaml", "out.mp4"}
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        run = command("story", "new", stdout=full, stderr=subprocess.PIPE)
+        complaint = run.communicate(timeout=60)[1]
+    assert complaint.startswith("shotstream: No space left on device; check ") and complaint.count("\n") == 1
+    assert run.returncode == 1
+
+
+def test_a_terminal_that_lacks_a_letter_is_told_in_another_way(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    Path("w.yaml").write_text("title: \u0411\nshots: [{caption: \u00e9}]", encoding="utf-8")
+    run = command("story", "show", "w.yaml", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    shown, complaint = run.communicate(timeout=60)
+    assert (run.returncode, complaint) == (0, "")
+    assert shown.startswith(r"\u0411: 1 shot")
 
 
 def test_a_full_disk_is_one_line_and_no_file(folder):
@@ -356,6 +389,17 @@ def test_doctor_tells_versions_and_what_is_missing():
     assert result.exit_code in (0, 3)  # 3 where the storybook weights are not there
     assert "torch " in result.stdout
     assert "all encoders" in result.stdout
+
+
+def test_help_has_words_for_every_command_and_option():
+    todo = [("shotstream", get_command(app))]
+    while todo:
+        name, node = todo.pop()
+        assert node.help, name
+        for parameter in node.params:
+            assert parameter.help, f"{name}: {parameter.name}"
+        todo += [(f"{name} {key}", child) for key, child in getattr(node, "commands", {}).items()]
+        assert cli(*name.split()[1:], "--help").exit_code == 0
 
 
 def test_help_imports_nothing_heavy():

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +13,6 @@ from hypothesis import strategies as st
 
 from shotstream import formats
 from shotstream.story import FILE_LIMIT, Shot, Story, StoryError
-
-ROOT = Path(__file__).parents[1]
 
 LANTERN = """
 shotstream: 1
@@ -104,7 +101,7 @@ def test_seconds_are_counted_at_the_speed_the_story_plays():
 
 # Round trips
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+texts = st.text(st.one_of(st.characters(exclude_categories=["Cs", "Cc"]), st.sampled_from("\t\n\r\x85")), max_size=40)
 captions = texts.map(formats.escape).filter(str.strip)
 lengths = st.one_of(
     st.just({}),
@@ -210,6 +207,7 @@ def test_reads_plain_text():
 
 WRONG = {
     "": "is empty; `shotstream story new`",
+    "# only a comment": "holds nothing, not a story",
     "title: x": "shots: is missing; add it",
     "shots: []": "shots: is empty; add a shot",
     "shots: 5": "shots: must be a list, not the number 5",
@@ -231,6 +229,16 @@ WRONG = {
     "shots: [{caption: x, memory: {pin: [first]}}]": "memory.pin: 'first' is not 'shot id@frame'",
     "shots: [{caption: x, memory: {pins: []}}]": "shot 1: memory: unknown key 'pins'; did you mean 'pin'?",
     "defaults: {chunk: 3}\nshots: [{caption: x}]": "defaults: unknown key 'chunk'; did you mean 'chunks'?",
+    "shot: [{caption: x}]": "unknown key 'shot'; did you mean 'shots'? (and 1 more)",
+    "1: x\nshots: [{caption: x}]": "key 1 must be text, not the number 1; put it in quotes",
+    "shots: [{1: x}]": "shot 1: key 1 must be text",
+    "shots:" + "\n- {caption: x}" * 600: "shots: has 600 entries; the limit is 512",
+    "shots: [{caption: x, chunks: -1}]": "shot 1: chunks: must be at least 1, not -1",
+    "seed: " + "9" * 5000 + "\nshots: [{caption: x}]": "line 1: a number without end; shorten it",
+    "shots:\n- caption: a \x00 bear": "line 2: control character U+0000; is this a text? remove it",
+    'shots: [{caption: "a \\0 bear"}]': "shot 1: caption: holds the control character U+0000; remove it",
+    '{"title": "\\u001b[31mred", "shots": [{"caption": "x"}]}': "title: holds the control character U+001B",
+    "cast: {b: " + "x" * 4000 + "}\nshots: [{caption: '{b} {b}'}]": "caption: is 8001 bytes long with its cast",
     "shotstream: 2\nshots: [{caption: x}]": "shotstream: is 2; this program reads version 1",
     "seed: true\nshots: [{caption: x}]": "seed: must be a whole number, not the truth value true",
     "size: [8, 480]\nshots: [{caption: x}]": "size: is [8, 480]; each side must be between 16",
@@ -262,12 +270,15 @@ def test_one_fault_is_reported_as_one():
 
 
 def test_unreadable_files(tmp_path):
-    big, latin = tmp_path / "big.yaml", tmp_path / "latin.yaml"
+    big, latin, binary = (tmp_path / f"{name}.yaml" for name in ("big", "latin", "binary"))
+    binary.write_bytes(b"\xff\xd8\xff\xe0 a photo")
     big.write_text("#" * (FILE_LIMIT + 1))
     latin.write_bytes("title: caf\u00e9".encode("latin-1"))
     for path, says in [
         (tmp_path / "none.yaml", "no such file"),
-        (tmp_path, "Is a directory"),
+        (tmp_path, "is a folder; name a story file in it"),
+        (binary, "byte 0 is not UTF-8"),
+        (tmp_path / ("x" * 300), "File name too long"),
         (big, "larger than 65536 bytes"),
         (latin, "byte 10 is not UTF-8"),
     ]:
@@ -289,6 +300,13 @@ def test_a_story_too_large_to_read_again_is_not_dumped():
         story.dump()
 
 
+def test_reseeding_is_checked_like_reading():
+    assert Story.parse(LANTERN).reseeded(8).seed == 8
+    for seed in (-1, 2**63):
+        with pytest.raises(StoryError, match=f"seed: must be at least 0 and less than 2\\*\\*63, not {seed}"):
+            Story.parse(LANTERN).reseeded(seed)
+
+
 def test_the_schema_knows_every_key_of_the_example():
     schema = Story.model_json_schema()
     assert set(yaml.safe_load(LANTERN)) <= set(schema["properties"])
@@ -298,11 +316,3 @@ def test_the_schema_knows_every_key_of_the_example():
 def test_story_imports_no_torch():
     code = "import sys, shotstream.story; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_the_example_speaks_the_words_of_the_storybook_world():
-    captions = pytest.importorskip("shotstream.storybook.captions")
-    story = Story.from_file(ROOT / "examples" / "lantern.yaml")
-    assert len(story.shots) == 5
-    for i in range(5):
-        assert captions.unknown_words(story.global_at(i) + " " + story.expanded(i)) == []

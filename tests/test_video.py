@@ -1,9 +1,11 @@
 """Video files: what goes in comes out, finished shots survive, memory stays flat."""
 
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -149,6 +151,48 @@ def test_a_full_disk_is_one_line_and_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_when_the_disk_fills_up_there_is_room_to_end_the_file(tmp_path, suffix, monkeypatch):
+    """A disk that is full after two shots: those two play, although WebM has not written them yet."""
+    room = 64 * (1024 + 27) + 12_000
+    noise = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), np.uint8)
+    path = tmp_path / f"out{suffix}"
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=room - sum(file.stat().st_size for file in folder.iterdir()))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(VideoError) as caught, VideoWriter(path, fps=12, size=(48, 32)) as video:
+        while video.shots < 20:
+            video.begin_shot(f"shot {video.shots}")
+            video.write(noise)
+    assert str(caught.value) == f"{path}: No space left on device; free some space or choose another disk"
+    kept = video.shots
+    assert 1 <= kept < 20
+    assert f"{path} ({9 * kept} frames)" in caught.value.__notes__[0]
+    assert path.stat().st_size < room
+    assert len(list(read_video(path))) == 9 * kept
+    assert [chapter.title for chapter in read_chapters(path)] == [f"shot {i}" for i in range(kept)]
+    assert leftovers(tmp_path) == []
+
+
+def test_what_ended_a_video_early_says_what_was_kept(tmp_path):
+    for shots, note in [
+        (0, "no shot was finished, so nothing was written"),
+        (1, f"the finished shot is in {tmp_path / '1.mp4'} (9 frames)"),
+        (2, f"the 2 finished shots are in {tmp_path / '2.mp4'} (18 frames)"),
+    ]:
+        with (
+            pytest.raises(KeyboardInterrupt) as caught,
+            VideoWriter(tmp_path / f"{shots}.mp4", fps=12, size=(48, 32)) as video,
+        ):
+            for i in range(shots + 1):
+                video.begin_shot("x")
+                video.write(shot(COLOURS[i], 9))
+            raise KeyboardInterrupt
+        assert caught.value.__notes__ == [note]
+
+
 def test_the_same_frames_make_the_same_file(tmp_path):
     film(tmp_path / "a.mp4")
     film(tmp_path / "b.mp4")
@@ -199,6 +243,7 @@ def test_wrong_outputs_are_refused_at_the_door(tmp_path):
         (tmp_path / "out.avi", "unknown kind of file '.avi'; use one of .mp4, .webm, .gif"),
         (tmp_path / "out", "unknown kind of file ''"),
         (tmp_path / "folder.mp4", "is a folder"),
+        (tmp_path / f"{'x' * 250}.mp4", "File name too long"),
         (tmp_path / "none" / "out.mp4", f"there is no folder {tmp_path / 'none'}"),
     ]:
         with pytest.raises(VideoError) as caught:
@@ -267,6 +312,16 @@ def test_a_sheet_fed_in_pieces_is_the_same_and_keeps_only_its_pictures():
     whole = contact_sheet([frames], ["a caption that is long " * 30], title="Title")
     assert np.array_equal(np.asarray(sheet.image()), np.asarray(whole))
     assert len(sheet._rows[0].pictures) == 5
+
+
+def test_a_long_title_stays_on_the_page_and_on_its_line():
+    """White where the margin is, whatever the title."""
+    long = np.asarray(contact_sheet([shot(COLOURS[0], 3)], ["x"], title="The lantern\n and the bear " * 40))
+    plain = np.asarray(contact_sheet([shot(COLOURS[0], 3)], ["x"], title="The"))
+    assert long.shape == plain.shape
+    assert (long[:, -20:] == plain[:, -20:]).all()
+    assert (long[64:] == plain[64:]).all()
+    assert (long[:64] != plain[:64]).any()
 
 
 def test_a_sheet_is_saved_whole_or_not_at_all(tmp_path):

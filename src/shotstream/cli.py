@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from shotstream.story import Story
 
 app = typer.Typer(
-    help="Direct video while it is being made.",
+    help="Turn a written story into a multi-shot video, shot by shot.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,7 +66,7 @@ Output = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Video: .mp4, .webm or .gif.", show_default="the story's name, .mp4"),
 ]
-Model = Annotated[str, typer.Option(help="Name of a built-in model, or path of a model file.")]
+Model = Annotated[str, typer.Option(help="storybook, or the path of a model file.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Use instead of the story's seed.")]
 Sheet = Annotated[Path | None, typer.Option(help="Also write a contact sheet: .png, .jpg or .webp.")]
 Scale = Annotated[
@@ -261,7 +261,8 @@ def _write(path: Path | None, text: str, force: bool) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Failure(f"{path}: {error.strerror}; check the path and its permissions", FAILED) from None
+        reason = f"{error.strerror}; check the path, its permissions and the space there"
+        raise Failure(f"{path}: {reason}", FAILED) from None
     print(path)
 
 

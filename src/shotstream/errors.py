@@ -37,8 +37,7 @@ def one_line_errors(json_events: bool = False) -> Iterator[None]:
         if not message:
             raise
         message = "; ".join((message, *getattr(error, "__notes__", ())))  # such as what was kept of a video
-        if isinstance(error, OSError) and error.filename is None:  # Python would try again to write, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_what_cannot_be_printed()
         print(f"shotstream: {message}", file=sys.stderr)
         if json_events:
             event("error", message=message, code=code)
@@ -60,13 +59,21 @@ def _explained(error: BaseException) -> tuple[str, int]:
         case BrokenPipeError():
             return "nobody reads the output any more", FAILED
         case OSError():
-            where = f"{error.filename}" if error.filename else "standard output"
-            return f"{where}: {error.strerror}; check the path, its permissions and the space there", FAILED
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror}; check the path, its permissions and the space there", FAILED
         case KeyboardInterrupt():
             return "interrupted", INTERRUPTED
         case Exception() if is_out_of_memory(error):
             return "out of memory; use fewer chunks per shot, or a smaller model", OUT_OF_MEMORY
     return "", FAILED
+
+
+def _drop_what_cannot_be_printed() -> None:
+    """Without its reader, or on a full disk, Python would try again when it ends, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_out_of_memory(error: Exception) -> bool:

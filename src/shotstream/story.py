@@ -214,7 +214,7 @@ class Story(_Strict):
                     f"{where}: {{{name}}} is not in cast{_near(name, list(self.cast))}; "
                     "add it there, or double the braces to mean braces"
                 )
-            size += len(self.cast[name].encode())
+            size += len(self.cast[name].encode()) - len(name.encode()) - 2
         if size > CAPTION_LIMIT:
             raise ValueError(f"{where}: is {size} bytes long with its cast; shorten it to {CAPTION_LIMIT}")
 

@@ -414,7 +414,8 @@ class ContactSheet:
         page_height = top + sum(_LINE * len(lines) + height + _MARGIN for lines in texts)
         page = Image.new("RGB", (page_width, page_height), _PAPER)
         draw = ImageDraw.Draw(page)
-        draw.text((_MARGIN, _MARGIN - 4), self.title, _INK, _font(28))
+        title = _wrap(self.title, page_width - 2 * _MARGIN, limit=1, size=28)[0]
+        draw.text((_MARGIN, _MARGIN - 4), title, _INK, _font(28))
         for row, lines in zip(rows, texts, strict=True):
             for line in lines:
                 draw.text((_MARGIN, top - 4), line, _INK, _font(17))
@@ -458,9 +459,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _wrap(text: str, width: int, limit: int = 3) -> list[str]:
+def _wrap(text: str, width: int, limit: int = 3, size: int = 17) -> list[str]:
     """Lines of at most `width` pixels; what does not fit into `limit` lines ends in an ellipsis."""
-    font = _font(17)
+    font = _font(size)
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
