@@ -28,6 +28,7 @@ CORE = {
     "pipeline": "config checkpoints models storybook.captions",
     "video": "",
     "session": "config flow memory models rollout pipeline",
+    "film": "config pipeline session story video",
 }
 WITHOUT_TORCH = (
     *("memory.plan", "memory.schedule", "memory.policies"),

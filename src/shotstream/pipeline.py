@@ -75,6 +75,8 @@ def build(config: Config, vocabulary: tuple[str, ...] = VOCABULARY) -> tuple[DiT
 def _read(path: Path, device: str) -> Pipeline:
     try:
         config, vocabulary, tensors, revision = read_model(path)
+        if not isinstance(config.vae, PatchVAEConfig):
+            raise ValueError(f"a {config.name} model, which cannot be loaded yet")
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; give the path of a model written by `shotstream train`") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -86,7 +88,7 @@ def _read(path: Path, device: str) -> Pipeline:
         try:
             network.load_state_dict(state, assign=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
+            reason = str(error).splitlines()[1].strip()[:200]
             raise ModelError(f"{path}: weights do not fit its configuration: {reason}") from None
         network.requires_grad_(False).eval().to(device, getattr(torch, config.dtype))
     return Pipeline(config, networks["dit"], networks["vae"], networks["text"], revision)  # type: ignore[arg-type]
@@ -96,10 +98,9 @@ def _random(config: Config, device: str) -> Pipeline:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dit, vae, text = build(config)
-        for name, parameter in [*dit.named_parameters(), *vae.named_parameters()]:
+        for parameter in [*dit.parameters(), *vae.parameters()]:
             if parameter.ndim > 1 and not parameter.any():  # zero-initialised layers would hide everything behind them
                 torch.nn.init.normal_(parameter, std=0.02)
-            del name
         torch.nn.init.orthogonal_(vae.project, gain=0.3)  # `fit` would take seconds
         vae.unproject.copy_(vae.project.T / 0.3**2)
     for network in (dit, vae, text):

@@ -32,6 +32,7 @@ def storybook(
     from shotstream.evaluation.generators import generators
     from shotstream.evaluation.storybook import study
     from shotstream.pipeline import ModelError, load
+    from shotstream.storybook.draw import HEIGHT, WIDTH
     from shotstream.storybook.world import sample_world
 
     with one_line_errors():
@@ -43,6 +44,9 @@ def storybook(
             pipeline = load(model)
         except ModelError as error:
             raise Failure(str(error), MISSING) from None
+        if (pipeline.config.width, pipeline.config.height) != (WIDTH, HEIGHT):
+            made = f"{pipeline.config.width} x {pipeline.config.height}"
+            raise Failure(f"model {model!r} makes {made} frames, and the judge reads {WIDTH} x {HEIGHT}", USAGE)
         worlds = [sample_world(TEST_SEED + i, split) for i in range(stories)]  # type: ignore[arg-type]
         chosen = generators(pipeline, worlds)
         report = study({row: chosen[row] for row in rows or ROWS}, worlds, out, seed, _progress)
