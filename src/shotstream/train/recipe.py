@@ -1,6 +1,6 @@
 """Whole recipes: which stages make a model, in which order, with which settings.
 
-    shotstream train all --preset storybook --out runs          every stage, resumable; then the model file
+    shotstream train all --preset storybook --out runs          every stage it needs, resumable; then the model file
     shotstream train stage next --preset storybook --out runs   one of them
 
 Stage `name` lives in `<out>/<name>`; a stage that has reached its steps is skipped, a stopped one goes on where it was.
@@ -65,6 +65,13 @@ class Recipe:
     stages: tuple[Stage, ...]
     student: str  # the stage that is exported
 
+    def needed(self) -> list[Stage]:
+        """The stages up to the student; pairs only if they are read."""
+        names = [stage.name for stage in self.stages]
+        stages = self.stages[: names.index(self.student) + 1]
+        read = any(isinstance(s.task, ODEConfig) and s.task.source == "pairs" for s in stages)
+        return [s for s in stages if read or not isinstance(s.task, PairsConfig)]
+
     def stage(self, name: str) -> Stage:
         for stage in self.stages:
             if stage.name == name:
@@ -76,7 +83,7 @@ def _runs(steps: int, batch: int, lr: float = 3e-3, **more: float | int | str) -
     return RunConfig(steps=steps, batch=batch, lr=lr, lr_adam=lr / 3, dtype="float32", **more)  # type: ignore[arg-type]
 
 
-def _storybook(config: Config, scale: float, batch: int, data: DataConfig, pairs: PairsConfig) -> Recipe:
+def _storybook(config: Config, scale: float, batch: int, data: DataConfig, source: str, student: str) -> Recipe:
     def steps(count: int) -> int:
         return max(4, round(count * scale))
 
@@ -84,16 +91,16 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, pairs
         config,
         (
             Stage("data", data),
-            Stage("autoencoder", AutoencoderConfig(), _runs(steps(1200), 3, 4.5e-3, ema=0.99)),
-            Stage("image", TeacherConfig(kind="image"), _runs(steps(600), 4 * batch)),
-            Stage("shot", TeacherConfig(kind="shot"), _runs(steps(500), 3 * batch // 2), init="image"),
-            Stage("next", TeacherConfig(kind="next"), _runs(steps(700), batch), init="shot"),
-            Stage("pairs", pairs, init="next"),
-            Stage("ode", ODEConfig(), _runs(steps(200), batch, 1e-3), init="next"),
-            Stage("stage1", DMDConfig(), _runs(steps(450), 16, 4e-4, ema=0.99), init="ode"),
-            Stage("stage2", DMDConfig(history="own"), _runs(steps(150), 16, 4e-4, ema=0.99), init="stage1"),
+            Stage("autoencoder", AutoencoderConfig(), _runs(steps(900), max(1, batch // 8), 6e-3, ema=0.99)),
+            Stage("image", TeacherConfig(kind="image"), _runs(steps(800), 4 * batch)),
+            Stage("shot", TeacherConfig(kind="shot"), _runs(steps(220), batch, 2e-3), init="image"),
+            Stage("next", TeacherConfig(kind="next", causal=0.5), _runs(steps(960), batch, 2e-3), init="shot"),
+            Stage("pairs", PairsConfig(steps(20), batch // 2), init="next"),
+            Stage("ode", ODEConfig(source), _runs(steps(64), batch, 1.5e-3, warmup=8, ema=0.95), init="next"),
+            Stage("stage1", DMDConfig(guidance=1.5), _runs(steps(450), batch // 2, 4e-4, ema=0.98), init="ode"),
+            Stage("stage2", DMDConfig("own", guidance=1.5), _runs(steps(150), batch // 2, 4e-4, ema=0.98), "stage1"),
         ),
-        student="stage2",
+        student,
     )
 
 
@@ -106,17 +113,15 @@ _SMOKE = dataclasses.replace(
 )
 
 RECIPES: dict[str, Recipe] = {
-    "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), PairsConfig()),
-    "storybook-large": _storybook(
-        PRESETS["storybook-large"], 4.0, 64, DataConfig(30_000), PairsConfig(shards=100, size=32)
-    ),
-    "storybook-smoke": _storybook(_SMOKE, 0.03, 4, DataConfig(64, 24), PairsConfig(shards=2, size=4)),
+    "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "stage1"),
+    "storybook-large": _storybook(PRESETS["storybook-large"], 4.0, 64, DataConfig(30_000), "pairs", "stage2"),
+    "storybook-smoke": _storybook(_SMOKE, 0.03, 4, DataConfig(64, 24), "pairs", "stage2"),
 }
 
 
 def run_all(recipe: Recipe, root: Path, overrides: list[str]) -> Path:
-    """Every stage in order, then the model file; returns its path."""
-    for stage in recipe.stages:
+    """Every stage that the student needs, in order, then the model file; returns its path."""
+    for stage in recipe.needed():
         run_stage(recipe, stage.name, root, overrides)
     return export(recipe, recipe.student, root, root / f"{recipe.config.name}.safetensors")
 
