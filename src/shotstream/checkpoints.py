@@ -40,7 +40,7 @@ def write_model(
 
 
 def read_model(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor], str]:
-    """Configuration, vocabulary, tensors and a short hash of the file.
+    """Configuration, vocabulary, tensors and a short hash of what decides what is generated.
 
     Raises FileNotFoundError; ValueError if the file is damaged or is something else.
     """
@@ -55,5 +55,7 @@ def read_model(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor], 
     if metadata.get("format") != FORMAT:
         raise ValueError(f"format {metadata.get('format')!r}, expected {FORMAT!r}")
     config = config_from_dict(json.loads(metadata["config"]))
-    revision = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    return config, tuple(json.loads(metadata["vocabulary"])), tensors, revision
+    digest = hashlib.sha256((metadata["config"] + metadata["vocabulary"]).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return config, tuple(json.loads(metadata["vocabulary"])), tensors, digest.hexdigest()[:12]

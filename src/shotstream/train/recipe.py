@@ -113,7 +113,7 @@ _SMOKE = dataclasses.replace(
 )
 
 RECIPES: dict[str, Recipe] = {
-    "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "stage1"),
+    "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "ode"),
     "storybook-large": _storybook(PRESETS["storybook-large"], 4.0, 64, DataConfig(30_000), "pairs", "stage2"),
     "storybook-smoke": _storybook(_SMOKE, 0.03, 4, DataConfig(64, 24), "pairs", "stage2"),
 }
