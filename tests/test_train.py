@@ -25,7 +25,7 @@ from shotstream.train import autoencoder, dmd, ode, run, teacher
 from shotstream.train.autoencoder import AutoencoderConfig
 from shotstream.train.dmd import DMDConfig, FreshNoise, rollout
 from shotstream.train.ode import ODEConfig
-from shotstream.train.recipe import RECIPES, fresh, run_all, run_stage
+from shotstream.train.recipe import RECIPES, fresh, load_weights, run_all, run_stage
 from shotstream.train.run import Network, RunConfig
 from shotstream.train.teacher import Model, TeacherConfig
 
@@ -255,6 +255,8 @@ def test_the_smoke_recipe_goes_from_nothing_to_a_model_that_generates(tmp_path: 
     path = run_all(RECIPE, tmp_path, [])
     for stage in ("autoencoder", "image", "shot", "next", "ode", "stage1", "stage2"):
         assert (tmp_path / stage / "checkpoint.pt").exists() and (tmp_path / stage / "config.json").exists()
+    trained, read = load_weights(fresh(RECIPE, 1), tmp_path / "stage2"), load_weights(fresh(RECIPE, 2), path)
+    assert same_weights(trained.bfloat16(), read.bfloat16())
     pipeline = load(path)
     session = Session(pipeline, seed=1)
     session.cut("a wide shot of a green bear")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shotstream.checkpoints import write_model
+from shotstream.checkpoints import read_model, write_model
 from shotstream.config import PRESETS, Config, PatchVAEConfig, WordsConfig, override
 from shotstream.data.storybook import Batch, Stories, fit_vae, write_shards
 from shotstream.models.patch_vae import PatchVAE
@@ -173,11 +173,15 @@ def fresh(recipe: Recipe, seed: int) -> Model:
     return Model(dit, text)
 
 
-def load_weights(model: Model, folder: Path) -> Model:
-    """The averaged weights of a stage."""
-    path = folder / "checkpoint.pt"
+def load_weights(model: Model, source: Path) -> Model:
+    """The averaged weights of a stage (its folder), or those of a model file."""
+    if source.suffix == ".safetensors":
+        _, _, tensors, _ = read_model(source)
+        model.load_state_dict({n: t.float() for n, t in tensors.items() if n.startswith(("dit.", "text."))})
+        return model
+    path = source / "checkpoint.pt"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: train stage {folder.name!r} first")
+        raise FileNotFoundError(f"{path}: train stage {source.name!r} first")
     model.load_state_dict(torch.load(path, weights_only=True)["network"]["ema"])
     return model
 
