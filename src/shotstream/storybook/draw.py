@@ -20,6 +20,13 @@ WIDTH, HEIGHT, FPS, SHOT_FRAMES = 192, 128, 12, 21
 PERIOD = 20
 """Frames after which every motion except a walk repeats."""
 
+POSITIONS = {1: ("centre",), 2: ("left", "right")}
+STATIONS = {"centre": 0.5, "left": 0.31, "right": 0.69}
+"""Where the feet of a cast of one, and of two, stand: shares of the width."""
+
+STRIDES, LEAP = {"centre": 28, "left": 12, "right": 12}, 18
+"""Half the length of a walk and the height of a jump, in pixels."""
+
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
@@ -560,10 +567,10 @@ def _frame(
 ) -> tuple[Image.Image, Image.Image]:
     zoom, middle = CAMERA[framing]
     ground = HEIGHT / 2 + (GROUND - middle) * zoom
-    stations = (0.5,) if len(cast) == 1 else (0.31, 0.69)
-    pose, dx, dy = motion(action, frame, stride=(28 if len(cast) == 1 else 12) / zoom, leap=18 / zoom)
+    where = POSITIONS[len(cast)]
+    pose, dx, dy = motion(action, frame, stride=STRIDES[where[0]] / zoom, leap=LEAP / zoom)
     picture, mask = scene.copy(), Image.new("L", scene.size)
-    feet = [WIDTH * station + dx * zoom for station in stations]
+    feet = [WIDTH * STATIONS[position] + dx * zoom for position in where]
     for x in feet:
         shadow = _shadow(zoom)
         picture.paste(OUTLINE, (round(x - shadow.width / 2), round(ground - shadow.height / 2)), shadow)

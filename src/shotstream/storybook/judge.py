@@ -23,7 +23,10 @@ from shotstream.storybook.draw import (
     CAMERA,
     GROUND,
     HEIGHT,
+    LEAP,
     PALETTE,
+    STATIONS,
+    STRIDES,
     WIDTH,
     Pose,
     background,
@@ -45,12 +48,6 @@ from shotstream.storybook.world import (
 )
 
 Floats = NDArray[np.float32]
-
-STATIONS = {"centre": 0.5, "left": 0.31, "right": 0.69}
-"""Where the feet of a cast of one, and of two, stand: shares of the width."""
-
-STRIDES, LEAP = {"centre": 28, "left": 12, "right": 12}, 18
-"""Half the length of a walk and the height of a jump, in pixels, as `draw.render_shot` has them."""
 
 FRAMES_READ = 6
 CAP, COLOUR_CAP = 60.0, 150.0

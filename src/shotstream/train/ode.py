@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,12 @@ from torch import Tensor
 
 from shotstream.config import Config
 from shotstream.data.storybook import Batch, Stories
-from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, spread, to_x0
+from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, to_x0
 from shotstream.models.dit import Text
 from shotstream.models.rope import Rotation
 from shotstream.train import run
 from shotstream.train.run import Log, Network, Pace, RunConfig, learning_scale
-from shotstream.train.teacher import Model, places, student_mask
+from shotstream.train.teacher import Model, places, student_mask, trajectory
 
 
 @dataclass(frozen=True)
@@ -44,27 +43,12 @@ class ODEConfig:
     guidance: float = 2.0
 
 
-@torch.no_grad()
-def trajectory(model: Model, batch: Batch, config: Config, cfg: ODEConfig) -> Tensor:
+def states_of(model: Model, batch: Batch, config: Config, cfg: ODEConfig) -> Tensor:
     """The teacher's way from noise to the target, at the student's levels and at the end: `b levels+1 f c h w`."""
-    dit, context = model.dit, batch.context
-    where = places(dit, batch.positions, batch.flags, batch.latents.shape)
-    text = model.read(batch.words, batch.index)
-    null = model.read(torch.zeros_like(batch.words[:1]), torch.zeros_like(batch.index))
     sigmas = euler_sigmas(cfg.euler_steps, config.schedule.shift)
     wanted = [int((sigmas - s).abs().argmin()) for s in config.schedule.sigmas()]
-    x = torch.cat((batch.latents[:, :context], torch.randn_like(batch.latents[:, context:])), dim=1)
-    states = []
-    for i, (sigma, following) in enumerate(pairwise(sigmas)):
-        if i in wanted:
-            states.append(x[:, context:])
-        timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS, device=x.device)
-        timesteps[:, :context] = 0
-        velocity = guide(dit(x, timesteps, text, where), dit(x, timesteps, null, where), cfg.guidance).float()
-        move = spread((following - sigma).to(x.device).expand(x.shape[:2]).clone(), x)
-        move[:, :context] = 0
-        x = x + move * velocity
-    return torch.stack((*states, x[:, context:]), dim=1)
+    states = trajectory(model, batch, sigmas, cfg.guidance)
+    return torch.stack([x for i, x in enumerate(states) if i in (*wanted, len(sigmas) - 1)], dim=1)
 
 
 def write_pairs(
@@ -79,7 +63,7 @@ def write_pairs(
         rng = run.seed_everything(seed * 1_000_000 + number)
         kind = "shot" if rng.random() < cfg.first_shots else "next"
         batch = stories.batch(rng, size, kind).to(model.dit.device)
-        states = trajectory(model, batch, config, cfg)
+        states = states_of(model, batch, config, cfg)
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "context"}
         tensors |= {
             "latents": batch.latents[:, : batch.context].bfloat16(),

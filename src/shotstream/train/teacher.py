@@ -8,6 +8,7 @@ One recipe, three kinds of batches, trained one after the other from scratch: si
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -160,16 +161,14 @@ def train(
 
 
 @torch.no_grad()
-def sample(
-    model: Model, batch: Batch, steps: int = 25, shift: float = 3.0, guidance: float = 2.0
-) -> Tensor:
-    """The target latents of `batch`, from noise: Euler steps with guidance, the context kept clean."""
+def trajectory(model: Model, batch: Batch, sigmas: Tensor, guidance: float) -> Iterator[Tensor]:
+    """The target latents of `batch` at each of `sigmas`, noise first: Euler steps with guidance, the context clean."""
     dit, context = model.dit, batch.context
     where = places(dit, batch.positions, batch.flags, batch.latents.shape)
     text = model.read(batch.words, batch.index)
     null = model.read(torch.zeros_like(batch.words[:1]), torch.zeros_like(batch.index))
     x = torch.cat((batch.latents[:, :context], torch.randn_like(batch.latents[:, context:])), dim=1)
-    sigmas = euler_sigmas(steps, shift)
+    yield x[:, context:]
     for sigma, following in pairwise(sigmas):
         timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS, device=x.device)
         timesteps[:, :context] = 0
@@ -177,4 +176,10 @@ def sample(
         move = spread((following - sigma).to(x.device).expand(x.shape[:2]).clone(), x)
         move[:, :context] = 0
         x = x + move * velocity
-    return x[:, context:]
+        yield x[:, context:]
+
+
+def sample(model: Model, batch: Batch, steps: int = 25, shift: float = 3.0, guidance: float = 2.0) -> Tensor:
+    """The target latents of `batch`, from noise: the end of a trajectory."""
+    *_, end = trajectory(model, batch, euler_sigmas(steps, shift), guidance)
+    return end
