@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from golden_weights import fill, uniform
+from golden_weights import sharpen, uniform
 from torch import Tensor
 
 from shotstream.config import DiTConfig
@@ -32,12 +32,7 @@ STORYBOOK = replace(CONFIG, prediction="x0", absolute=True)
 def random_network(config: DiTConfig) -> DiT:
     """Random weights with which attention is far from uniform, so that a wrong key or place is seen."""
     dit = DiT(config)
-    fill(dit)
-    with torch.no_grad():
-        for block in dit.blocks:
-            block.self_attn.norm_q.weight *= 1.6
-            block.self_attn.norm_k.weight *= 1.6
-            block.self_attn.o.weight *= 2.5
+    sharpen(dit)
     return dit.requires_grad_(False)
 
 

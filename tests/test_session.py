@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from golden_weights import fill
+from golden_weights import sharpen
 from torch import Tensor
 
 from shotstream.config import PRESETS, PatchVAEConfig
@@ -49,13 +49,8 @@ def pipeline() -> Pipeline:
     """A tiny model with random weights under which context, text and places all matter."""
     torch.manual_seed(0)
     dit, vae, text = build(CONFIG)
-    fill(dit)
-    with torch.no_grad():
-        for block in dit.blocks:
-            block.self_attn.norm_q.weight *= 1.6
-            block.self_attn.norm_k.weight *= 1.6
-            block.self_attn.o.weight *= 2.5
-        torch.nn.init.normal_(vae.leave.weight, std=0.02)
+    sharpen(dit)
+    torch.nn.init.normal_(vae.leave.weight, std=0.02)
     vae.fit(torch.rand(2, 5, 3, CONFIG.height, CONFIG.width) * 2 - 1)
     for network in (dit, vae, text):
         network.float().requires_grad_(False)
