@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself and does nothing twice.
 #
 #     make demo           a five-shot story with the built-in model: out/lantern.mp4, out/lantern.png
+#     make serve          the director's console in the browser, with the built-in model
 #     make test           every test                                   (make test ARGS="-k session")
 #     make check          ruff and mypy
 #     make train-smoke    the whole training recipe at a tiny size, in runs/smoke
@@ -13,10 +14,10 @@ PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check train-smoke
+.PHONY: help demo serve test check train-smoke
 
 help:
-	@sed -n '3,8s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 demo: $(VENV)/installed
 	@mkdir -p out
@@ -24,8 +25,11 @@ demo: $(VENV)/installed
 	@echo "video: $(CURDIR)/out/lantern.mp4"
 	@echo "sheet: $(CURDIR)/out/lantern.png"
 
+serve: $(VENV)/installed
+	$(BIN)/shotstream serve $(ARGS)
+
 # One thread: the networks of the tests are tiny, and more would only wait for each other.
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test $(VENV)/browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(BIN)/python -m pytest $(ARGS)
 
@@ -60,6 +64,16 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
 $(VENV)/installed-test: $(VENV)/installed
 	@echo "Installing what the tests need into $(VENV). To download: about 30 MB."
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# The console's tests drive a real browser: $CHROMIUM, one on the PATH, the system's package, or Playwright's own.
+# Without any they are skipped, except in continuous integration (CI=true), where they fail.
+$(VENV)/browser: $(VENV)/installed-test
+	@if command -v $${CHROMIUM:-chromium} chromium google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing Chromium for the console's tests (about 100 MB)."; \
+		apt-get update -q && apt-get install -y -q --no-install-recommends chromium; \
+	else $(BIN)/python -m playwright install chromium || echo "no browser: the console's tests will be skipped"; fi
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test
