@@ -25,14 +25,21 @@ CORE = {
     "memory.store": "memory.plan models.rope",
     "rollout": "flow memory models",
     "checkpoints": "config models",
-    "pipeline": "config checkpoints models storybook.captions",
+    "releases": "config memory.plan memory.policies memory.schedule",
+    "hub": "checkpoints releases",
+    "text_cache": "checkpoints models",
+    "footprint": "checkpoints config memory.policies",
+    "pipeline": "config checkpoints hub models releases storybook.captions text_cache",
     "video": "",
-    "session": "config flow memory models rollout pipeline",
-    "film": "config pipeline session story video",
+    "project": "config memory.plan memory.policies story storybook.captions",
+    "folder": "memory.plan project story",
+    "take": "folder memory models pipeline project rollout",
+    "session": "folder memory.plan pipeline project story take video",
+    "film": "config folder memory pipeline project session story take video",
 }
 WITHOUT_TORCH = (
     *("memory.plan", "memory.schedule", "memory.policies"),
-    *("config", "story", "formats", "storybook.captions"),
+    *("config", "releases", "story", "formats", "storybook.captions", "project", "folder"),
 )
 ABOVE = ("train", "data", "evaluation", "server", "cli")
 OPTIONAL = ("transformers", "diffusers", "sentencepiece", "ftfy")

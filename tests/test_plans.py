@@ -42,10 +42,10 @@ SETTINGS: dict[str, MemoryPolicy] = {
     "rolling-sink": POLICIES["rolling-sink"],
     "rolling-forcing": POLICIES["rolling-forcing"],
     "pinned-sink": POLICIES["pinned-sink"],
-    "shotstream-shot-1": POLICIES["dual-buffer"],
-    "shotstream-shot-2": POLICIES["dual-buffer"],
-    "shotstream-shot-4": POLICIES["dual-buffer"],
-    "shotstream-shot-5": POLICIES["dual-buffer"],
+    "shotstream-shot-1": POLICIES["shotstream"],
+    "shotstream-shot-2": POLICIES["shotstream"],
+    "shotstream-shot-4": POLICIES["shotstream"],
+    "shotstream-shot-5": POLICIES["shotstream"],
 }
 
 
@@ -544,7 +544,7 @@ FOLDER = Path(plan.__file__).parent
     "path", ["plan.py", "schedule.py", *(f"policies/{p.name}" for p in sorted(FOLDER.glob("policies/*.py")))]
 )
 def test_decisions_need_only_the_standard_library(path: str) -> None:
-    allowed = {"collections", "dataclasses", "functools", "struct", "typing"}
+    allowed = {"collections", "dataclasses", "difflib", "functools", "struct", "typing"}
     for node in ast.walk(ast.parse((FOLDER / path).read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -24,10 +25,13 @@ from shotstream.storybook.draw import SHOT_FRAMES
 from shotstream.train import autoencoder, dmd, ode, run, teacher
 from shotstream.train.autoencoder import AutoencoderConfig
 from shotstream.train.dmd import DMDConfig, FreshNoise, rollout
+from shotstream.train.draws import Draws
+from shotstream.train.model import Model
+from shotstream.train.network import Network
 from shotstream.train.ode import ODEConfig
 from shotstream.train.recipe import RECIPES, fresh, load_weights, run_all, run_stage
-from shotstream.train.run import Network, RunConfig
-from shotstream.train.teacher import Model, TeacherConfig
+from shotstream.train.run import RunConfig
+from shotstream.train.teacher import TeacherConfig
 
 RECIPE = RECIPES["storybook-smoke"]
 CONFIG = dataclasses.replace(
@@ -71,13 +75,13 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let the run be interrupted while it logs a step after `steps` (the step's checkpoint is not yet written)."""
+    """Let the run be interrupted while it logs the step after `steps` (whose checkpoint is not yet written)."""
     written = run.Log.write
 
-    def write(self: run.Log, **values: object) -> None:
-        if values["step"] == steps + 1:
+    def write(self: run.Log, step: int, **values: object) -> None:
+        if step == steps + 1:
             raise KeyboardInterrupt
-        written(self, **values)
+        written(self, step, **values)
 
     monkeypatch.setattr(run.Log, "write", write)
 
@@ -88,10 +92,9 @@ def test_the_teacher_learns(stories: Stories, tmp_path: Path, kind: str) -> None
 
     def held_out(model: Model) -> float:
         """The loss on fixed batches with fixed noise."""
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(7)
-            rng = np.random.default_rng(7)
-            return float(np.mean([teacher.loss(model, stories.batch(rng, 8, kind), rng, cfg) for _ in range(2)]))
+        with torch.no_grad():
+            draws = [Draws(7), Draws(8)]
+            return float(np.mean([teacher.loss(model, stories.batch(d.rng, 8, kind), d, cfg) for d in draws]))
 
     model = fresh(TINY, 0)
     before = held_out(model)
@@ -100,39 +103,52 @@ def test_the_teacher_learns(stories: Stories, tmp_path: Path, kind: str) -> None
 
 
 def test_the_autoencoder_learns(vae: PatchVAE, tmp_path: Path) -> None:
-    autoencoder.train(CONFIG, AutoencoderConfig(), settings(tmp_path, 25, batch=1, lr_adam=4e-3), vae)
+    autoencoder.train(CONFIG, AutoencoderConfig(held_out=2), settings(tmp_path, 25, batch=1, lr_adam=4e-3), vae)
     values = losses(tmp_path, "loss")
     assert np.mean(values[-5:]) < np.mean(values[:5])
     assert losses(tmp_path, "psnr")[-1] > losses(tmp_path, "psnr")[0]
 
 
-def train_teacher(stories: Stories, out: Path) -> Network[Model]:
-    return teacher.train(CONFIG, TeacherConfig(), settings(out, 4), stories, fresh(TINY, 0))
+def train_teacher(stories: Stories, vae: PatchVAE, runs: RunConfig) -> Network[Model]:
+    return teacher.train(CONFIG, TeacherConfig(), runs, stories, fresh(TINY, 0))
 
 
-def train_ode(stories: Stories, out: Path) -> Network[Model]:
-    return ode.train(CONFIG, ODEConfig(source="guided"), settings(out, 4), stories, fresh(TINY, 0))
+def train_ode(stories: Stories, vae: PatchVAE, runs: RunConfig) -> Network[Model]:
+    return ode.train(CONFIG, ODEConfig(source="guided"), runs, stories, fresh(TINY, 0))
 
 
-def train_dmd(stories: Stories, out: Path) -> Network[Model]:
-    return dmd.train(CONFIG, DMDConfig(), settings(out, 4, batch=2), stories, fresh(TINY, 0), fresh(TINY, 1))
+def train_stage1(stories: Stories, vae: PatchVAE, runs: RunConfig) -> Network[Model]:
+    return dmd.train(CONFIG, DMDConfig(), runs, stories, fresh(TINY, 0), fresh(TINY, 1))
 
 
-@pytest.mark.parametrize("recipe", [train_teacher, train_ode, train_dmd])
+def train_stage2(stories: Stories, vae: PatchVAE, runs: RunConfig) -> Network[Model]:
+    return dmd.train(CONFIG, DMDConfig("own", lora=2), runs, stories, fresh(TINY, 0), fresh(TINY, 1), vae)
+
+
+def train_autoencoder(stories: Stories, vae: PatchVAE, runs: RunConfig) -> Network[PatchVAE]:
+    return autoencoder.train(CONFIG, AutoencoderConfig(held_out=1), runs, copy.deepcopy(vae))
+
+
+@pytest.mark.parametrize("recipe", [train_teacher, train_ode, train_stage1, train_stage2, train_autoencoder])
 def test_stopping_and_resuming_equals_not_stopping(
     stories: Stories,
+    vae: PatchVAE,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    recipe: Callable[[Stories, Path], Network[Model]],
+    recipe: Callable[[Stories, PatchVAE, RunConfig], Network[Model]],
 ) -> None:
-    whole = recipe(stories, tmp_path / "whole")
+    def runs(name: str) -> RunConfig:
+        return settings(tmp_path / name, 4, batch=2)
+
+    whole = recipe(stories, vae, runs("whole"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2)
-        recipe(stories, tmp_path / "parts")
+        recipe(stories, vae, runs("parts"))
     assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 2
-    resumed = recipe(stories, tmp_path / "parts")
+    resumed = recipe(stories, vae, runs("parts"))
     assert same_weights(whole.masters, resumed.masters) and same_weights(whole.ema, resumed.ema)
-    assert not same_weights(whole.masters, fresh(TINY, 0))
+    before = recipe(stories, vae, dataclasses.replace(runs("none"), steps=0))
+    assert not same_weights(whole.masters, before.masters)
 
 
 def test_ode_pairs_start_at_noise_end_at_the_target_and_resume(stories: Stories, tmp_path: Path) -> None:
@@ -157,9 +173,9 @@ def test_a_training_rollout_is_what_a_session_generates(stories: Stories, vae: P
     """Law 5: the same prompts, history and noise give the same latents in `train.dmd` and in `session`."""
     model = fresh(TINY, 3)
     batch = stories.batch(np.random.default_rng(0), 1, "next", history=2)
-    noise = FreshNoise()
+    noise = FreshNoise(Draws(0))
     with torch.no_grad():
-        trained = rollout(model, CONFIG, batch, noise, None)
+        trained = rollout(model, batch, noise, None)
     session = Session(Pipeline(CONFIG, model.dit, vae, model.text))
     picks = context_picks((SHOT_FRAMES,) * 2)
     session._roll.memory.shots = (SHOT_FRAMES,) * 2
@@ -180,13 +196,13 @@ def test_only_the_exit_step_learns(stories: Stories) -> None:
     model = fresh(TINY, 0)
     batch = stories.batch(np.random.default_rng(0), 2, "next", history=1)
     for exit_step in (0, 3):
-        x = rollout(model, CONFIG, batch, FreshNoise(), exit_step)
+        x = rollout(model, batch, FreshNoise(Draws(0)), exit_step)
         assert x.requires_grad and x.shape == batch.latents[:, batch.context :].shape
         (x * torch.randn_like(x)).sum().backward()
         assert model.dit.blocks[0].self_attn.k.weight.grad is not None
         model.zero_grad()
     with torch.no_grad():
-        assert not rollout(model, CONFIG, batch, FreshNoise(), None).requires_grad
+        assert not rollout(model, batch, FreshNoise(Draws(0)), None).requires_grad
 
 
 def test_dmd_pulls_towards_the_teacher(stories: Stories) -> None:
@@ -197,22 +213,21 @@ def test_dmd_pulls_towards_the_teacher(stories: Stories) -> None:
     batch = stories.batch(np.random.default_rng(0), 2, "next", history=1)
     x = batch.latents[:, batch.context :].clone().requires_grad_()
     cfg = DMDConfig(guidance=1.0)
-    dmd.student_loss(same, batch, x, np.random.default_rng(0), cfg).backward()
+    dmd.student_loss(same, batch, x, Draws(0), cfg).backward()
     assert x.grad is not None and x.grad.abs().max() < 1e-6
     other = dataclasses.replace(same, teacher=fresh(TINY, 1))
     x.grad = None
-    dmd.student_loss(other, batch, x, np.random.default_rng(0), cfg).backward()
+    dmd.student_loss(other, batch, x, Draws(0), cfg).backward()
     assert x.grad is not None and x.grad.abs().mean() > 1e-6
 
 
 def test_the_second_stage_lives_with_its_own_shots(stories: Stories, vae: PatchVAE) -> None:
-    own = dmd.OwnHistory(stories, vae, 2)
-    rng = np.random.default_rng(0)
-    first = own.next(rng)
+    own = dmd.OwnHistory(stories, vae, CONFIG, 2, DMDConfig())
+    first = own.next(Draws(0, 0))
     assert first.context == 0
     made = torch.randn(2, 6, *CONFIG.latent_shape)
     own.advance(made)
-    second = own.next(rng)
+    second = own.next(Draws(0, 1))
     assert second.context == 6
     frames, _ = vae.decode(made)
     assert torch.equal(second.latents[:, 0], vae.context_latents(frames[:, 0].clamp(-1, 1)))
@@ -231,13 +246,18 @@ def test_context_is_clean_and_dropped_context_is_empty(stories: Stories) -> None
 
         def __init__(self, model: Model) -> None:
             self.dit, self.read = self, model.read
-            self.config, self.device, self.dtype = model.dit.config, model.dit.device, model.dit.dtype
+            self.null, self.places, self.timesteps, self.config = (
+                model.null,
+                model.places,
+                model.timesteps,
+                model.config,
+            )
 
         def __call__(self, x: Tensor, timesteps: Tensor, *_: object, **__: object) -> Tensor:
             seen.extend((x, timesteps))
             return torch.zeros_like(x)
 
-    teacher.loss(Spy(fresh(TINY, 0)), next_shot, rng, TeacherConfig())  # type: ignore[arg-type]
+    teacher.loss(Spy(fresh(TINY, 0)), next_shot, Draws(0), TeacherConfig())  # type: ignore[arg-type]
     assert torch.equal(seen[0][:, :6], next_shot.latents[:, :6]) and (seen[1][:, :6] == 0).all()
     assert (seen[1][:, 6:] > 0).all() and (seen[1] <= TIMESTEPS).all()
 

@@ -11,13 +11,15 @@ from golden_weights import fill
 pytest.importorskip("transformers")
 pytest.importorskip("ftfy")
 
-from shotstream.models.umt5 import UMT5, UMT5Sizes, clean, load_tokenizer
+from shotstream.config import UMT5Config
+from shotstream.models import umt5
+from shotstream.models.umt5 import UMT5, clean, load_tokenizer, native_names
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "text.npz")
-SIZES = UMT5Sizes(vocabulary=50, dim=32, heads=4, head_dim=8, ffn_dim=64, layers=2, length=8)
+SIZES = UMT5Config(vocabulary=50, dim=32, heads=4, head_dim=8, ffn_dim=64, layers=2, length=8)
 
 
-def native_shapes(sizes: UMT5Sizes) -> dict[str, tuple[int, ...]]:
+def native_shapes(sizes: UMT5Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the released encoder, written out: the mapping under test must not supply them."""
     dim, inner, ffn = sizes.dim, sizes.heads * sizes.head_dim, sizes.ffn_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -79,9 +81,10 @@ def test_states_of_an_unpadded_prompt_are_those_of_a_padded_and_masked_one(encod
 def test_long_prompts_are_cut_before_the_closing_token_with_a_warning(encoder):
     long = "3 4 5 6 7 8 9 10 11"
     assert torch.equal(encoder.encode([long]), encoder.encode(["3 4 5 6 7 8 9"]))
-    assert encoder.token_count(long) == 10
     (warning,) = encoder.warnings(long)
     assert "10 tokens" in warning and "reads 8" in warning
+    assert '2 words are not read ("10 11")' in warning
+    assert '1 word is not read ("10")' in encoder.warnings("3 4 5 6 7 8 9 10")[0]
     assert encoder.warnings("3 4 5 6 7 8 9") == []
     assert (encoder.length, encoder.dim) == (8, 32)
 
@@ -89,9 +92,7 @@ def test_long_prompts_are_cut_before_the_closing_token_with_a_warning(encoder):
 def test_wrong_weights_are_named():
     weights = fill(native_shapes(SIZES))
     weights["head.weight"] = weights.pop("blocks.1.norm2.weight")
-    with pytest.raises(
-        RuntimeError, match=r"missing \['blocks.1.norm2.weight'\].*unexpected \['head.weight'\]"
-    ):
+    with pytest.raises(RuntimeError, match=r"missing \['blocks.1.norm2.weight'\].*unexpected \['head.weight'\]"):
         UMT5(SIZES, weights, numbers)
 
 
@@ -108,11 +109,19 @@ def test_weights_are_taken_without_a_copy():
 def test_native_names_fit_the_full_size():
     import transformers
 
-    names = UMT5.native_names(24)
-    assert set(names) == set(native_shapes(UMT5Sizes()))
+    names = native_names(24)
+    assert umt5.native_shapes(UMT5Config()) == native_shapes(UMT5Config())
+    assert set(names) == set(native_shapes(UMT5Config()))
     with torch.device("meta"):
         model = transformers.UMT5EncoderModel(transformers.UMT5Config(num_layers=24))
     assert set(names.values()) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_long_list_of_cut_words_keeps_its_ends(encoder):
+    (warning,) = encoder.warnings(" ".join(str(i % 40 + 3) for i in range(60)))
+    assert "last 53 words" in warning
+    shown = warning.split('"')[1].split()
+    assert shown[:2] == ["10", "11"] and shown[12] == "..." and len(shown) == 21
 
 
 @pytest.mark.parametrize(

@@ -13,21 +13,26 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from shotstream.bench.commands import bench
+from shotstream.data.commands import data_app
+from shotstream.doctor import advising, doctor
 from shotstream.errors import FAILED, MISSING, USAGE, Failure, one_line_errors
 from shotstream.evaluation.commands import eval_app
-from shotstream.train.commands import train_app
+from shotstream.model_commands import models_app
+from shotstream.project_commands import Resume, Shots, export, resumable, span
+from shotstream.server.commands import serve
+from shotstream.train.commands import ablate, train_app
 
 if TYPE_CHECKING:
     from shotstream.film import Film, OnChunk, Planned
-    from shotstream.pipeline import Pipeline
+    from shotstream.pipeline import Loading, Pipeline
     from shotstream.session import Chunk
     from shotstream.story import Story
 
@@ -40,7 +45,14 @@ app = typer.Typer(
 story_app = typer.Typer(help="Write, check and convert story files.", no_args_is_help=True)
 app.add_typer(story_app, name="story")
 app.add_typer(train_app, name="train")
+app.command("ablate")(ablate)
+app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
+app.add_typer(models_app, name="models")
+app.command()(doctor)
+app.command()(bench)
+app.command()(export)
+app.command()(serve)
 
 
 def main() -> None:
@@ -66,7 +78,9 @@ Output = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Video: .mp4, .webm or .gif.", show_default="the story's name, .mp4"),
 ]
-Model = Annotated[str, typer.Option(help="storybook, or the path of a model file.")]
+Model = Annotated[
+    str, typer.Option(help="storybook, a published model (`shotstream models list`), or a file or folder of one.")
+]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Use instead of the story's seed.")]
 Sheet = Annotated[Path | None, typer.Option(help="Also write a contact sheet: .png, .jpg or .webp.")]
 Scale = Annotated[
@@ -74,6 +88,30 @@ Scale = Annotated[
     typer.Option(min=1, max=8, help="Enlarge the frames.", show_default="small frames fill a player"),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ... or auto: a GPU if there is one.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What shots remember, as another system has it: self-forcing, longlive, infinity-rope, ...",
+        show_default="the model's own",
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="reference: float32; fast: bfloat16.", show_default="as the model was released, see docs/method.md"
+    ),
+]
+TextDevice = Annotated[
+    str | None, typer.Option(help="Where a published model's text encoder computes.", show_default="the device")
+]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Text encoder and VAE leave the device when they are not at work.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Change the model's configuration: height=240, chunks=5, ..."),
+]
 
 
 @app.command()
@@ -85,6 +123,14 @@ def generate(
     sheet: Sheet = None,
     scale: Scale = None,
     device: Device = "auto",
+    policy: Policy = None,
+    precision: Precision = None,
+    text_device: TextDevice = None,
+    offload: Offload = False,
+    set_: Set = None,
+    project: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every finished shot there.")] = None,
+    resume: Resume = False,
+    shots: Shots = None,
     json_events: Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, stop.")] = False,
 ) -> None:
@@ -98,15 +144,24 @@ def generate(
             tale = tale.reseeded(seed)
         output = output or Path(f"{story.stem}.mp4")
         _check_outputs(output, sheet)
-        film = _plan(tale, model, device, str(story))
+        chosen = span(shots, "shots", len(tale.shots))
+        if resume and project is None:
+            raise Failure("--resume: of which project? add --project DIR", USAGE)
+        loading: Loading = {"text_device": text_device, "offload": offload, "overrides": set_ or ()}
+        film = _plan(tale, model, device, str(story), loading | {"precision": _precision(precision)}, policy)
         told = report(json_events, dry_run)
         for warning in film.warnings():
             told.warning(warning)
         told.plan(film)
         if dry_run:
             return
-        with _stopping_between_chunks(told.chunk) as tell, told:
-            summary = film.make(output, sheet, scale, tell)
+        with (
+            advising(film.pipeline.config, device),
+            _stopping_between_chunks(told.chunk) as tell,
+            told,
+            resumable(story, project),
+        ):
+            summary = film.make(output, sheet, scale, tell, project=project, resume=resume, shots=chosen)
         told.summary(summary)
 
 
@@ -119,15 +174,30 @@ def _check_outputs(output: Path, sheet: Path | None) -> None:
         raise Failure(str(error), USAGE) from None
 
 
-def _plan(story: Story, model: str | Pipeline, device: str, name: str) -> Film:
+def _precision(name: str | None) -> Literal["reference", "fast"] | None:
+    match name:
+        case None | "reference" | "fast":
+            return name
+    raise Failure(f"unknown precision {name!r}; use reference or fast", USAGE)
+
+
+def _plan(
+    story: Story,
+    model: str | Pipeline,
+    device: str,
+    name: str,
+    loading: Loading | None = None,
+    policy: str | None = None,
+) -> Film:
     from shotstream.film import DeviceError, plan
+    from shotstream.memory.policies import PolicyError
     from shotstream.pipeline import ModelError
 
     try:
-        return plan(story, model, device, name)
+        return plan(story, model, device, name, policy, **(loading or {}))
     except ModelError as error:
-        raise Failure(str(error), MISSING) from None
-    except DeviceError as error:
+        raise Failure(str(error), error.exit_code) from None
+    except (DeviceError, PolicyError) as error:
         raise Failure(str(error), USAGE) from None
 
 
@@ -264,48 +334,3 @@ def _write(path: Path | None, text: str, force: bool) -> None:
         reason = f"{error.strerror}; check the path, its permissions and the space there"
         raise Failure(f"{path}: {reason}", FAILED) from None
     print(path)
-
-
-# doctor
-
-
-@app.command()
-def doctor() -> None:
-    """Say what is here and what is missing. Exit code 3 if `generate` would not work."""
-    import platform
-
-    import av
-    import torch
-
-    from shotstream.pipeline import ModelError, load
-
-    with one_line_errors():
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        missing = [name for name in ("libx264", "libvpx-vp9", "gif") if name not in av.codecs_available]
-        print(
-            f"shotstream  {version('shotstream')}, Python {platform.python_version()} on {platform.machine()}"
-        )
-        print(f"torch       {torch.__version__}, {torch.get_num_threads()} threads, {memory:.0f} GiB memory")
-        print(f"GPU         {', '.join(gpus) or 'none; the storybook model needs none'}")
-        print(
-            f"video       av {version('av')}, "
-            + (f"without {', '.join(missing)}" if missing else "all encoders")
-        )
-        print(f"extra wan   {_installed('transformers', 'wan')}")
-        started = time.perf_counter()
-        try:
-            revision = load("storybook").revision
-        except ModelError as error:
-            raise Failure(str(error), MISSING) from None
-        print(f"storybook   revision {revision}, loaded in {time.perf_counter() - started:.1f} s")
-        if missing:
-            remedy = "install PyAV's own wheel: pip install --force-reinstall av"
-            raise Failure(f"encoders are missing: {', '.join(missing)}; {remedy}", MISSING)
-
-
-def _installed(package: str, extra: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"not installed; pip install 'shotstream[{extra}]'"

@@ -1,9 +1,9 @@
 """Typed presets: every size and constant of a model has its one home here.
 
-    storybook       the small cartoon model shipped in the package; a laptop CPU runs it
-    storybook-large the same for training on one GPU
-    wan-1.3b        Wan2.1-T2V-1.3B as ShotStream uses it
-    tiny            random weights, for tests
+storybook       the small cartoon model shipped in the package; a laptop CPU runs it
+storybook-large the same for training on one GPU
+wan-1.3b        Wan2.1-T2V-1.3B as ShotStream uses it
+tiny            random weights, for tests
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from shotstream.memory.plan import MemoryPolicy
 from shotstream.memory.policies.dual_buffer import DualBuffer
 from shotstream.memory.schedule import NoiseSchedule
 
@@ -70,14 +71,28 @@ class WordsConfig:
 
 @dataclass(frozen=True)
 class UMT5Config:
-    """The umT5-xxl encoder; the sizes live in its own configuration file."""
+    """Sizes of the umT5 encoder. Defaults: umT5-xxl, as Wan 2.1 uses it."""
 
-    length: int = 512
+    length: int = 512  # tokens per prompt, padding included
     dim: int = 4096
+    vocabulary: int = 256_384
+    heads: int = 64
+    head_dim: int = 64
+    ffn_dim: int = 10_240
+    layers: int = 24
+    buckets: int = 32  # of the relative position bias; distances from max_distance on share the last
+    max_distance: int = 128
 
 
 SHOTSTREAM = NoiseSchedule(steps=(1000, 740, 500, 260), shift=8.0)
-RELEASED = DualBuffer()
+
+# What the published weights were trained with, where code and paper differ (docs/method.md): what does not divide
+# evenly goes one each to the last shots, and a story's first shot reads six zero latents, kept as keys, so that its
+# own frames carry phase flag 1. With them go the prompt "...shot0:...", and all 512 text rows as keys, padding
+# included (`UMT5Config.length`; the DiT masks none).
+RELEASED = DualBuffer(budget=6, turn=1 / 6, remainder="spread", first_shot="zeros")
+# The paper's rule: what does not divide evenly goes to the very last shot. `--set policy.remainder=last`
+PAPER = dataclasses.replace(RELEASED, remainder="last")
 
 
 @dataclass(frozen=True)
@@ -94,11 +109,22 @@ class Config:
     vae: PatchVAEConfig | WanVAEConfig
     text: WordsConfig | UMT5Config
     schedule: NoiseSchedule = SHOTSTREAM
-    policy: DualBuffer = RELEASED
+    policy: MemoryPolicy = RELEASED
     chunk: int = 3  # latent frames denoised together
     temporal_stride: int = 4
     spatial_stride: int = 8
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights when generating
+    # Of weights and activations when generating. bfloat16 is the released pipeline: DiT, VAE and text encoder alike;
+    # rotary angles, norms' sums and the step from velocity to x0 stay wide.
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        grain = self.spatial_stride * self.dit.patch
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value < grain or value % grain:
+                near = max(value // grain, 1) * grain
+                raise ValueError(f"{name} {value}: must be a multiple of {grain}, such as {near}")
+        if self.chunks < 1:
+            raise ValueError(f"chunks {self.chunks}: a shot needs at least one chunk")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -212,15 +238,23 @@ def _set(config: Any, path: list[str], text: str, whole: str) -> Any:
     old = getattr(config, path[0])
     if len(path) > 1:
         return dataclasses.replace(config, **{path[0]: _set(old, path[1:], text, whole)})
-    return dataclasses.replace(config, **{path[0]: _parse(old, text, whole)})
+    allowed = get_args(get_type_hints(type(config))[path[0]])  # of "int | None" or Literal["a", "b"]
+    return dataclasses.replace(config, **{path[0]: _parse(old, text, whole, allowed)})
 
 
-def _parse(old: Any, text: str, whole: str) -> Any:
+def _parse(old: Any, text: str, whole: str, allowed: tuple[Any, ...]) -> Any:
+    if type(None) in allowed and text.lower() == "none":
+        return None
+    kind = next(a for a in allowed if a is not type(None)) if old is None else type(old)
     try:
-        if isinstance(old, bool):
+        if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        if isinstance(old, tuple):
+        if kind is tuple:
             return tuple(type(old[0])(part) for part in text.split(","))
-        return text if old is None else type(old)(text)
+        value = kind(text)
     except (ValueError, KeyError):
-        raise ValueError(f"{whole}={text}: expected a {type(old).__name__} such as {old!r}") from None
+        example = "" if old is None else f" such as {old!r}"
+        raise ValueError(f"{whole}={text}: expected a {kind.__name__}{example}") from None
+    if isinstance(old, str) and allowed and value not in allowed:
+        raise ValueError(f"{whole}={text}: use one of {', '.join(allowed)}")
+    return value

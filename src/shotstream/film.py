@@ -15,15 +15,22 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Unpack
 
 import torch
 
-from shotstream.pipeline import Pipeline, load
-from shotstream.session import Chunk, Session
+from shotstream.folder import ProjectError
+from shotstream.memory.plan import MemoryPolicy
+from shotstream.memory.policies import named, rehearse
+from shotstream.pipeline import Loading, Pipeline, load
+from shotstream.project import CommandError, Project
+from shotstream.session import Chunk, Session, chapter
 from shotstream.story import Story, StoryError
+from shotstream.take import model_of
 from shotstream.video import ContactSheet, VideoWriter, check_outputs, display_scale
 
 
@@ -76,43 +83,62 @@ def generate(
     sheet: str | Path | None = None,
     scale: int | None = None,
     device: str = "auto",
+    policy: str | MemoryPolicy | None = None,
+    project: str | Path | None = None,
+    resume: bool = False,
+    shots: tuple[int, int] | None = None,
+    **loading: Unpack[Loading],
 ) -> Summary:
     """Make a video of a story: the same file that `shotstream generate` makes of the same arguments.
 
     story: a story, or the path of a story file. output: .mp4, .webm or .gif. model: a name, a model file, or a
     loaded model. seed: instead of the story's. sheet: also write a contact sheet. scale: enlarge the frames, by
     default so that they fill a player. device: of a model that is not loaded yet; "auto" takes a GPU if there is one.
+    policy: instead of the model's memory policy, by name (`memory.policies.POLICIES`) or as an object.
+    project, resume, shots: see `Film.make`. loading: see `pipeline.Loading`.
     What a writer should know is said by `warnings.warn`.
-    Raises StoryError, VideoError, ModelError or DeviceError; see also `Film.make`.
+    Raises StoryError, VideoError, ModelError, DeviceError or PolicyError; see also `Film.make`.
     """
     name = "story" if isinstance(story, Story) else str(story)
     story = story if isinstance(story, Story) else Story.from_file(story)
     check_outputs(output, sheet)
-    film = plan(story if seed is None else story.reseeded(seed), model, device, name)
+    film = plan(story if seed is None else story.reseeded(seed), model, device, name, policy, **loading)
     for warning in film.warnings():
         warnings.warn(f"{name}: {warning}", stacklevel=2)
-    return film.make(output, sheet, scale)
+    return film.make(output, sheet, scale, project=project, resume=resume, shots=shots)
 
 
 def plan(
-    story: Story, model: str | Path | Pipeline = "storybook", device: str = "auto", name: str = "story"
+    story: Story,
+    model: str | Path | Pipeline = "storybook",
+    device: str = "auto",
+    name: str = "story",
+    policy: str | MemoryPolicy | None = None,
+    **loading: Unpack[Loading],
 ) -> Film:
     """Load the model, unless it is one already, and lay out every shot for it.
 
-    name: how to call the story in messages. Raises StoryError for what cannot be made; ModelError, DeviceError.
+    name: how to call the story in messages. Raises StoryError for what cannot be made; ModelError, DeviceError,
+    PolicyError.
     """
+    if isinstance(policy, str):
+        named(policy)  # before the model takes its time
     started = time.perf_counter()
-    pipeline = model if isinstance(model, Pipeline) else load(model, find_device(device))
+    pipeline = model if isinstance(model, Pipeline) else load(model, find_device(device), **loading)
     load_s = time.perf_counter() - started
     config, shots = pipeline.config, list[Planned]()
     if story.size and story.size != (config.width, config.height):
         made = f"{config.name} makes [{config.width}, {config.height}]"
         raise StoryError(f"{name}: size: {made}, not {list(story.size)}; remove the key")
+    try:
+        project = Project(model_of(pipeline), story, policy=policy)
+    except CommandError as error:
+        raise StoryError(f"{name}: {error}") from None
     for i, shot in enumerate(story.shots):
-        if unused := [key for key in ("memory", "loras") if shot.model_dump(exclude_defaults=True).get(key)]:
-            where = f"{name}: shot {i + 1} ({shot.id}): {unused[0]}"
-            raise StoryError(f"{where}: cannot be used by `generate` yet; remove the key")
-        context = config.policy.boundary((), (), True, [past.frames for past in shots]).prefill
+        where = f"{name}: shot {i + 1} ({shot.id})"
+        for key, value in (("memory.policy", shot.memory and shot.memory.policy), ("loras", shot.loras)):
+            if value:
+                raise StoryError(f"{where}: {key}: cannot be used by `generate` yet; remove the key")
         length = story.length_at(i, config)
         shots.append(
             Planned(
@@ -123,25 +149,38 @@ def plan(
                 seed=story.seed_at(i),
                 chunks=length.chunks,
                 frames=length.frames,
-                remembers=tuple(f"{shots[past.shot].id}@{past.offset}" for past in context if past.offset >= 0),
+                remembers=tuple(f"{still.shot}@{still.frame}" for still in project.context(i)),
             )
         )
-    return Film(story, pipeline, tuple(shots), load_s)
+    try:
+        rehearse(project.policy, [shot.chunks for shot in shots])
+    except ValueError as error:  # the policy's limit
+        raise StoryError(f"{name}: {error}") from None
+    return Film(story, pipeline, tuple(shots), load_s, policy)
 
 
 @dataclass(frozen=True)
 class Film:
-    """A story laid out for a model, ready to be made. `load_s`: seconds it took to load the model."""
+    """A story laid out for a model, ready to be made. `load_s`: seconds it took to load the model.
+
+    `policy`: instead of the model's.
+    """
 
     story: Story
     pipeline: Pipeline
     shots: tuple[Planned, ...]
     load_s: float
+    policy: str | MemoryPolicy | None = None
 
     @property
     def fps(self) -> int:
         """Frames per second of playing."""
         return self.story.fps or self.pipeline.config.fps
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the model reads for each shot: read, and maybe cut, as one text."""
+        return [self.pipeline.prompt(s.global_caption, i, s.caption) for i, s in enumerate(self.shots)]
 
     def warnings(self) -> Iterator[str]:
         """What a writer should know before waiting: unused keys, words the model cannot read, rounded lengths."""
@@ -150,8 +189,7 @@ class Film:
         said: set[str] = set()
         for i, shot in enumerate(self.shots):
             where = f"shot {shot.number} ({shot.id})"
-            prompt = self.pipeline.prompt(shot.global_caption, i, shot.caption)  # what is read, and maybe cut, as one
-            found = self.pipeline.text.warnings(prompt)
+            found = self.pipeline.text.warnings(self.prompts[i])
             yield from (f"{where}: {text}" for text in found if text not in said)
             said.update(found)
             if note := self.story.length_at(i, self.pipeline.config).note:
@@ -163,29 +201,41 @@ class Film:
         sheet: str | Path | None = None,
         scale: int | None = None,
         on_chunk: OnChunk = lambda shot, chunk, seconds: None,
+        *,
+        project: str | Path | None = None,
+        resume: bool = False,
+        shots: tuple[int, int] | None = None,
     ) -> Summary:
         """Generate into the output file, and into the contact sheet's if there is one.
 
         on_chunk: called with each chunk when it is in the file; what it raises ends the film.
+        project: a folder that keeps every shot when it is made; with `resume` it may hold some already, and those are
+        not made again. shots: numbers of the first and the last to write; earlier ones are only made if they must be.
         Whatever ends it early, Ctrl-C too: the finished shots become the file, and a note of the exception tells
-        which they are. Raises VideoError.
+        which they are. Raises VideoError, ProjectError.
         """
         config, pages = self.pipeline.config, ContactSheet(self.story.title)
         size = (config.width, config.height)
         scale = scale or display_scale(size)
-        video = VideoWriter(output, self.fps, size, scale, title=self.story.title, comment=self.recipe())
+        first, last = shots or (1, len(self.shots))
         started, times = time.perf_counter(), list[float]()
-        with video:
-            for chunk in self._session().stream():
+        with (
+            self._session(project, resume) as session,
+            VideoWriter(output, self.fps, size, scale, title=self.story.title, comment=self.recipe()) as video,
+            closing(session.tell(first, last)) as told,
+        ):
+            self.pipeline.text.encode(self.prompts)  # all at once: a large text encoder may then leave
+            for chunk in told:
                 times.append(time.perf_counter() - started)
                 shot = self.shots[chunk.shot.index]
-                if chunk.index == 0:
-                    video.begin_shot(" ".join(f"{shot.number}. {shot.caption}".split())[:120])
-                    pages.begin_shot(shot.caption, shot.frames)
-                video.write(chunk.frames)
-                pages.write(chunk.frames)
-                if chunk.is_last:
-                    video.end_shot()
+                if shot.number >= first:
+                    if chunk.index == 0:
+                        video.begin_shot(chapter(shot.number, shot.caption))
+                        pages.begin_shot(shot.caption, shot.frames)
+                    video.write(chunk.frames)
+                    pages.write(chunk.frames)
+                    if chunk.is_last:
+                        video.end_shot()
                 on_chunk(shot, chunk, times[-1])
         if sheet:
             pages.save(sheet)
@@ -211,17 +261,18 @@ class Film:
             "shotstream": version("shotstream"),
             "model": self.pipeline.config.name,
             "revision": self.pipeline.revision,
+            **({} if self.policy is None else {"policy": str(self.policy)}),
             "seed": self.story.seed,
             "shots": [{key: asdict(shot)[key] for key in keys} for shot in self.shots],
         }
         return json.dumps(made, ensure_ascii=False)
 
-    def _session(self) -> Session:
-        """Every shot queued."""
-        session = Session(self.pipeline, seed=self.story.seed)
-        for shot in self.shots:
-            words = {"caption": shot.caption, "global_caption": shot.global_caption}
-            session.cut(**words, seed=shot.seed, chunks=shot.chunks, id=shot.id)
+    def _session(self, project: str | Path | None, resume: bool) -> Session:
+        """Every shot planned, or found in the project."""
+        if project is not None and not resume and (Path(project) / "project.json").exists():
+            raise ProjectError(f"{project}: holds a project already; resume it, or choose another folder")
+        session = Session(self.pipeline, self.story, project, policy=self.policy)
+        session.play()  # it may have been paused when it was left
         return session
 
 

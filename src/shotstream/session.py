@@ -5,192 +5,450 @@
     for chunk in session.stream():
         show(chunk.frames)
 
-The past reaches a shot only through its context frames and their captions; the rest of a finished shot is not kept.
+What was made can be directed, too: edit or redo a shot, pin a frame that a later one shall see, branch, undo. With a
+project folder all of it is kept, and a session that was killed goes on exactly where it was:
+
+    with Session(load("storybook"), Story.from_file("lantern.yaml"), project="lantern") as session:
+        for chunk in session.stream():
+            show(chunk.frames)
+        session.redo("enter")
+        session.export("lantern.mp4")
+
+Words and edits are `shotstream.project`'s, latents `shotstream.take`'s; a session lets them work together, and says
+what happens through `on_event`.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterator
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shotstream.memory.plan import Frame, MemoryPolicy
-from shotstream.memory.policies.dual_buffer import evenly_spaced
+from shotstream.folder import Folder
+from shotstream.memory.plan import MemoryPolicy
 from shotstream.pipeline import Pipeline
-from shotstream.rollout import Noise, Prompts, Roll, SeededNoise, new_memory
+from shotstream.project import Project, Request, Take
+from shotstream.story import Story
+from shotstream.take import (
+    Chunk,
+    FolderShelf,
+    Maker,
+    MemoryShelf,
+    Shelf,
+    Shot,
+    candidates,
+    model_of,
+    to_uint8,
+)
+from shotstream.video import ContactSheet, VideoWriter, display_scale
+
+__all__ = ["Chunk", "Session", "Shot", "candidates", "to_uint8"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Shot:
-    """A shot as it is generated: its place in the story, its words, its seed and length (in chunks)."""
+def _command(method: Callable[Concatenate[Project, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """A command of `Project` as one of `Session`: safe beside a running stream, kept, and told of."""
 
-    index: int
-    id: str
-    caption: str
-    global_caption: str
-    seed: int
-    chunks: int
+    def run(self: Session, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._changing():
+            return method(self.project, *args, **kwargs)
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """What `stream` yields: finished frames of a shot."""
-
-    frames: np.ndarray  # uint8 [t h w 3]
-    latents: Tensor  # f c h w
-    shot: Shot
-    index: int  # in the shot
-    chunks: int  # of the shot
-    is_last: bool
-    timings: dict[str, float]  # seconds: "denoise" and "decode"
+    run.__name__, run.__doc__ = method.__name__, method.__doc__
+    return run
 
 
 @dataclass
-class Stills:
-    """Frames of a finished shot that may become context, by frame number, encoded when first asked for.
+class _Making:
+    """The take under way."""
 
-    From float frames, never from 8-bit ones: a story would drift with every remake.
-    """
-
-    pictures: int
-    frames: dict[int, Tensor] = field(default_factory=dict)  # c h w
-    latents: dict[int, Tensor] = field(default_factory=dict)  # c h w
-
-
-def candidates(pictures: int, budget: int) -> set[int]:
-    """Frames that the context rule can ever pick from a shot of `pictures` frames."""
-    return {frame for count in range(1, budget + 1) for frame in evenly_spaced(pictures, count)}
+    request: Request
+    chunks: Generator[Chunk, str | None, None]
+    latents: list[Tensor] = field(default_factory=list)  # f c h w, of each chunk
+    frames: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+    prompt: str | None = None  # to send with the next chunk
+    steered: list[tuple[int, str]] = field(default_factory=list)
 
 
 class Session:
-    """A linear story being made on one model. Same seed, captions and lengths: the same latents, always."""
+    """A story being made on one model. Same seed, words, lengths and pins: the same latents, always.
 
-    def __init__(self, pipeline: Pipeline, seed: int = 0, policy: MemoryPolicy | None = None) -> None:
+    story: shots to begin with. project: a folder to keep everything in, or one that was opened to be read; if it holds
+    a project, that goes on, with `story` as its head if one is given. seed: instead of the story's; without story and
+    project, the seed of every shot that has none of its own. policy: instead of the model's memory policy, by name or
+    as an object.
+    Commands may be given from another thread while `stream` runs, and never wait longer than a chunk.
+    Raises ProjectError for a folder that cannot be used, CommandError for pins the story cannot have.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        story: Story | None = None,
+        project: str | Path | Folder | None = None,
+        seed: int | None = None,
+        policy: str | MemoryPolicy | None = None,
+    ) -> None:
         self.pipeline = pipeline
-        self.seed = seed
-        self.budget = pipeline.config.policy.budget
-        self.queue: deque[Shot] = deque()
-        self.cuts = 0
-        self._stills: dict[int, Stills] = {}
-        self._roll = Roll(
-            dit=pipeline.dit,
-            policy=policy or pipeline.config.policy,
-            schedule=pipeline.config.schedule,
-            memory=new_memory(pipeline.dit, pipeline.config.latent_shape),
-            prompts=Prompts(pipeline.dit),
-            latent_shape=pipeline.config.latent_shape,
-        )
+        self.on_event: Callable[[dict[str, Any]], None] | None = None
+        model, story = model_of(pipeline), story.reseeded(seed) if story and seed is not None else story
+        self.folder = Folder(project) if isinstance(project, str | Path) else project
+        if self.folder and self.folder.there:
+            with _closed_on_error(self.folder):
+                self.project = self.folder.load(model, policy)
+        else:
+            name = self.folder.path.resolve().name if self.folder else ""
+            self.project = Project(model, story, id=name, seed=seed or 0, policy=policy)
+        self.seed = self.project.base.seed
+        self._own_seeds = story is not None or project is not None
+        self._maker = Maker(pipeline, policy)
+        self._shelf: Shelf = FolderShelf(self.folder.path / "takes") if self.folder else MemoryShelf()
+        self._making: _Making | None = None
+        self._lock = threading.RLock()
+        self._told: dict[str, Any] = {}  # the document as it was told of last
+        self._events = 0
+        if self.folder and story:
+            with _closed_on_error(self.folder), self._changing():
+                self.project.retell(story)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Keep what was made of the shot under way, and let others open the project. Closing twice is fine."""
+        with self._lock:
+            self._cut_off()
+            if self.folder:
+                self.folder.close()
+
+    # Commands
 
     def cut(
         self,
         caption: str,
         *,
-        global_caption: str = "",
+        global_caption: str | None = None,
         seed: int | None = None,
         chunks: int | None = None,
         id: str | None = None,
+        at: int | None = None,
     ) -> Shot:
-        """Queue a new shot after the last one. `chunks` and `seed` default to the model's and the session's."""
-        chunks = self.pipeline.config.chunks if chunks is None else chunks
-        if chunks < 1:
-            raise ValueError(f"a shot needs at least one chunk, not {chunks}")
-        shot = Shot(
-            index=self.cuts,
-            id=id or f"s{self.cuts + 1}",
-            caption=caption,
-            global_caption=global_caption,
-            seed=self.seed if seed is None else seed,
-            chunks=chunks,
-        )
-        self.queue.append(shot)
-        self.cuts += 1
-        return shot
+        """Queue a new shot, after the last one or as number `at` (from 1). Returns it as it will be made.
+
+        global_caption: holds from this shot on. chunks: the model's by default. seed: derived from the story's and the
+        shot's id by default; in a session without story and project, the session's.
+        """
+        seed = self.seed if seed is None and not self._own_seeds else seed
+        with self._changing():
+            id = self.project.cut(caption, id=id, chunks=chunks, seed=seed, at=at, global_caption=global_caption)
+            return self._planned(self.project.index(id))
+
+    edit = _command(Project.edit)
+    move = _command(Project.move)
+    delete = _command(Project.delete)
+    redo = _command(Project.redo)
+    regenerate = _command(Project.regenerate)
+    set_global = _command(Project.set_global)
+    pin = _command(Project.pin)
+    unpin = _command(Project.unpin)
+    branch = _command(Project.branch)
+    checkout = _command(Project.checkout)
+    rename_branch = _command(Project.rename_branch)
+    undo = _command(Project.undo)
+    redo_edit = _command(Project.redo_edit)
+    play = _command(Project.play)
+    pause = _command(Project.pause)
+    stop = _command(Project.stop)
+
+    def steer(self, caption: str) -> None:
+        """Experimental: the running shot reads another caption from its next chunk on. No model was trained for it."""
+        with self._changing():
+            prompt = self.project.steered(caption)
+            if self._making:
+                self._making.prompt = prompt
 
     @torch.no_grad()
-    def adopt(self, frames: Tensor, caption: str, *, global_caption: str = "") -> None:
+    def adopt(self, frames: Tensor, caption: str, *, global_caption: str | None = None) -> None:
         """Take `frames` (`t c h w` in [-1, 1], 4k+1 of them) as the next finished shot, as if it had been generated.
 
         Raises ValueError while shots are queued: the past cannot be put after the future.
         """
         if self.queue:
             raise ValueError("adopt a clip before the next shot is queued, or stream the queue first")
-        prompt = self.pipeline.prompt(global_caption, self.cuts, caption)
-        self._roll.prompts.add(self.cuts, self.pipeline.text.encode([prompt]))
-        wanted = candidates(len(frames), self.budget)
-        self._finish(self.cuts, Stills(len(frames), {f: frames[f] for f in wanted}))
-        self.cuts += 1
+        with self._changing():
+            id = self.project.cut(caption, global_caption=global_caption)
+            fingerprint = hashlib.sha256(frames.contiguous().cpu().numpy().tobytes()).hexdigest()
+            take = self.project.adopted(id, len(frames), fingerprint)
+            latents = self.pipeline.vae.encode(frames[None])[0]
+            self._keep(take, latents, self._maker.stills(frames))
+            self.project.finished(take)
 
-    def stream(self) -> Iterator[Chunk]:
-        """Generate the queued shots, yielding each chunk as soon as it is decoded; ends when the queue is empty.
+    # What comes out
 
-        May be closed at any chunk: the shot begun is then dropped, finished ones stay part of the story.
+    def stream(self) -> Generator[Chunk, None, None]:
+        """Make the planned shots in order, yielding each chunk as soon as it is decoded; ends when none is left.
+
+        Ends early when paused, at a chunk; streaming again after `play` goes on there. May be closed at any chunk: the
+        shot begun is then made again, from its beginning and to the same bits, by the next stream.
         """
-        while self.queue:
-            yield from self._generate(self.queue[0])
+        try:
+            while (chunk := self._next()) is not None:
+                yield chunk
+        except GeneratorExit:
+            with self._lock:
+                self._cut_off()
+            raise
 
-    @torch.no_grad()
-    def _latents(self, shot: Shot, noise: Noise) -> Iterator[Tensor]:
-        prompt = self.pipeline.prompt(shot.global_caption, shot.index, shot.caption)
-        self._roll.prompts.add(shot.index, self.pipeline.text.encode([prompt]))
-        yield from self._roll.shot(shot.index, shot.chunks, noise, self._context)
+    async def astream(self) -> AsyncIterator[Chunk]:
+        """The same for an event loop: chunks are made in another thread."""
+        with closing(self.stream()) as stream:
+            while (chunk := await asyncio.to_thread(next, stream, None)) is not None:
+                yield chunk
 
-    def _generate(self, shot: Shot) -> Iterator[Chunk]:
-        latents = self._latents(shot, SeededNoise(shot.seed, shot.index))
-        pictures = self.pipeline.config.shot_frames(shot.chunks)
-        stills = Stills(pictures)
-        wanted = candidates(pictures, self.budget)
-        state, first = None, 0
-        for index in range(shot.chunks):
-            begun = time.perf_counter()
-            x0 = next(latents)
-            denoised = time.perf_counter()
-            with torch.no_grad():
-                frames, state = self.pipeline.vae.decode(x0, state)
-            frames = frames[0].float().clamp(-1, 1)
-            here = range(first, first + len(frames))
-            stills.frames |= {f: frames[f - first].clone() for f in wanted if f in here}
-            first += len(frames)
-            done = time.perf_counter()
-            if index + 1 == shot.chunks:
-                self.queue.popleft()  # before its last chunk is handed out: the stream may be closed there
-                self._finish(shot.index, stills)
+    def tell(self, first: int = 1, last: int | None = None) -> Generator[Chunk, None, None]:
+        """The head's shots number `first` to `last`: finished takes are decoded again, all others made.
+
+        What an earlier shot still lacks is made, and yielded, before.
+        """
+        with closing(self.stream()) as stream:
+            for index in range(min(last or len(self.project.places), len(self.project.places))):
+                if take := self.project.places[index].take:
+                    if index + 1 >= first:
+                        yield from self.replay(take)
+                else:
+                    for chunk in stream:
+                        yield chunk
+                        if chunk.is_last:
+                            break
+
+    def replay(self, take: str) -> Iterator[Chunk]:
+        """A finished take as it came out of `stream`. Raises ProjectError if its latents are gone."""
+        record, latents = self.project.takes[take], self._shelf.latents(take)
+        pieces = latents.split(self._maker.policy.chunk)
+        shot = Shot(record.number, record.shot, record.caption, record.global_caption, record.seed, record.chunks)
+        for index, frames in enumerate(self._maker.decode(latents)):
             yield Chunk(
                 frames=to_uint8(frames),
-                latents=x0[0],
+                latents=pieces[index],
                 shot=shot,
                 index=index,
-                chunks=shot.chunks,
-                is_last=index + 1 == shot.chunks,
-                timings={"denoise": denoised - begun, "decode": done - denoised},
+                chunks=len(pieces),
+                is_last=index + 1 == len(pieces),
+                timings={},
+                take=take,
             )
 
-    def _finish(self, shot: int, stills: Stills) -> None:
-        """Let the shot join the history; forget what can never be context again."""
-        self._stills[shot] = stills
-        self._roll.memory.shots = (*self._roll.memory.shots, stills.pictures)
-        reach = shot + 1 - self.budget  # with more shots than budget only the last ones give a frame each
-        self._stills = {i: s for i, s in self._stills.items() if i >= reach}
-        self._roll.prompts.retain(set(self._stills))
+    def export(
+        self,
+        path: str | Path,
+        *,
+        chapters: bool = True,
+        shots: tuple[int, int] | None = None,
+        branch: str | None = None,
+        scale: int | None = None,
+    ) -> int:
+        """Write the finished shots of a branch (the head), or those numbered `shots[0]` to `shots[1]`, as a video.
 
-    def _context(self, frames: tuple[Frame, ...]) -> Tensor:
-        """Latents `1 f c h w` of context frames; offset -1 is a zero latent."""
-        return torch.stack([self._still(frame) for frame in frames])[None]
+        Returns how many there are. Raises VideoError, ProjectError, CommandError for a branch that is not there,
+        ValueError if no shot of them is finished.
+        """
+        config, title = self.pipeline.config, self.project.base.title
+        size = (config.width, config.height)
+        takes = self._finished(branch, shots)
+        fps, scale = self.project.base.fps or config.fps, scale or display_scale(size)
+        with VideoWriter(path, fps, size, scale, title=title, chapters=chapters) as video:
+            for take in takes:
+                video.begin_shot(chapter(take.number + 1, take.caption))
+                for chunk in self.replay(take.id):
+                    video.write(chunk.frames)
+                video.end_shot()
+        return len(takes)
 
-    def _still(self, frame: Frame) -> Tensor:
-        if frame.offset < 0:
-            return torch.zeros(self.pipeline.config.latent_shape)
-        stills = self._stills[frame.shot]
-        if frame.offset not in stills.latents:
-            picture = stills.frames[frame.offset]
-            stills.latents[frame.offset] = self.pipeline.vae.context_latents(picture[None])[0]
-        return stills.latents[frame.offset]
+    def contact_sheet(
+        self, path: str | Path, *, shots: tuple[int, int] | None = None, branch: str | None = None
+    ) -> None:
+        """Write a picture of the same shots, a row each. Raises as `export` does."""
+        sheet = ContactSheet(self.project.base.title)
+        for take in self._finished(branch, shots):
+            sheet.begin_shot(take.caption, take.frames)
+            for chunk in self.replay(take.id):
+                sheet.write(chunk.frames)
+        sheet.save(path)
+
+    def memory(self, shot: str) -> dict[str, Any]:
+        """The frames that condition a shot, with their pictures (uint8 [h w 3]; None while a shot is not made).
+
+        {"shot", "frames": [{"shot", "take", "frame", "pinned", "picture"}], "forgotten": [shots it sees nothing of]}
+        """
+        with self._lock:
+            told = self.project.memory(shot)
+        for frame in told["frames"]:
+            frame["picture"] = self._picture(frame["take"], frame["frame"]) if frame["take"] else None
+        return told
+
+    def document(self) -> dict[str, Any]:
+        """Everything a view shows: `Project.document`."""
+        with self._lock:
+            return self.project.document()
+
+    @property
+    def queue(self) -> list[Shot]:
+        """The head's shots that are still to be made."""
+        with self._lock:
+            return [self._planned(i) for i, place in enumerate(self.project.places) if place.take is None]
+
+    @property
+    def cuts(self) -> int:
+        """How many shots the head has."""
+        return len(self.project.places)
+
+    # Inside
+
+    def _planned(self, index: int) -> Shot:
+        place = self.project.places[index]
+        told = self.project.told(place)
+        chunks = told.length_at(0, self.pipeline.config).chunks
+        return Shot(index, place.shot.id, told.expanded(0), told.global_at(0), told.seed_at(0), chunks)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The project changes: nobody else may look, then it is kept and told of."""
+        with self._lock:
+            yield
+            self._changed()
+
+    def _changed(self, events: list[dict[str, Any]] | None = None) -> None:
+        if self.folder:
+            self.folder.save(self.project)
+        self._tell(events)
+
+    def _tell(self, events: list[dict[str, Any]] | None = None) -> None:
+        if self.on_event is None:
+            return
+        document = self.project.document()
+        changed = {key: value for key, value in document.items() if self._told.get(key) != value}
+        self._told = document
+        for event in [*(events or []), *([{"type": "document", **changed}] if changed else [])]:
+            self._events += 1
+            self.on_event({"n": self._events, "rev": self.project.revision, **event})
+
+    def _next(self) -> Chunk | None:
+        """The next chunk, unless there is nothing to make now."""
+        making = self._going()
+        if making is None:
+            return None
+        prompt, making.prompt = making.prompt, None
+        try:
+            if prompt is None:
+                chunk = next(making.chunks)
+            else:
+                making.steered.append((len(making.latents), prompt))
+                chunk = making.chunks.send(prompt)
+            with self._lock:
+                self._arrived(making, chunk)
+        except Exception as error:
+            with self._lock:
+                self._making = None
+                with suppress(OSError):  # of writing the project: what failed first is raised
+                    self._changed(self.project.failed(str(error) or type(error).__name__))
+            raise
+        except BaseException:  # interrupted: the take will be made again
+            with self._lock:
+                self._making = None
+                self.project.stopped()
+            raise
+        return chunk
+
+    def _going(self) -> _Making | None:
+        """The take under way, or the next one, begun."""
+        with self._lock:
+            if self._making and not self.project.wanted(self._making.request.take):
+                self._cut_off()
+            if self._making:
+                return self._making if self.project.playing else None
+            request = self.project.next_shot()
+            if request is None:
+                return None
+            self._making = _Making(request, self._maker.make(request, self._shelf))
+            self._tell(self.project.started(request))
+            return self._making
+
+    def _arrived(self, making: _Making, chunk: Chunk) -> None:
+        making.latents.append(chunk.latents)
+        making.frames += len(chunk.frames)
+        for name, seconds in chunk.timings.items():
+            making.timings[name] = making.timings.get(name, 0.0) + seconds
+        milliseconds = {name: round(1000 * seconds, 1) for name, seconds in chunk.timings.items()}
+        fps = round(len(chunk.frames) / sum(chunk.timings.values()), 2)
+        events = self.project.chunk(
+            chunk.index, len(chunk.frames), milliseconds["denoise"], decode_ms=milliseconds["decode"], fps=fps
+        )
+        if not chunk.is_last:
+            self._tell(events)
+            return
+        take = self._taken(making)
+        self._keep(take, torch.cat(making.latents), dict(chunk.stills))
+        self._making = None
+        self._changed(events + self.project.finished(take))
+
+    def _taken(self, making: _Making, chunks: int | None = None) -> Take:
+        device = str(self.pipeline.dit.device)
+        request = making.request
+        return request.done(making.timings, device, chunks=chunks, frames=making.frames, steered=making.steered)
+
+    def _keep(self, take: Take, latents: Tensor, stills: dict[int, Tensor]) -> None:
+        self._shelf.keep(take.id, latents, stills)
+        if self.folder:
+            self.folder.keep(take)
+
+    def _cut_off(self) -> None:
+        """Give up the take under way; what there is of it is kept, to look at."""
+        making, self._making = self._making, None
+        if making is None:
+            return
+        making.chunks.close()
+        take = None
+        with suppress(OSError):  # there may be no room for it
+            if making.latents:
+                take = self._taken(making, chunks=len(making.latents))
+                self._keep(take, torch.cat(making.latents), {})
+            self._changed(self.project.stopped(take))
+
+    def _finished(self, branch: str | None, shots: tuple[int, int] | None) -> list[Take]:
+        first, last = shots or (1, len(self.project.places))
+        line = self.project.line(branch)[first - 1 : last]
+        takes = [self.project.takes[take] for take in line if take]
+        if not takes:
+            raise ValueError("none of these shots is finished; stream the session first")
+        return takes
+
+    def _picture(self, take: str, frame: int) -> np.ndarray:
+        return to_uint8(self._maker.picture(self._shelf, take, frame)[None])[0]
 
 
-def to_uint8(frames: Tensor) -> np.ndarray:
-    """float `t c h w` in [-1, 1] -> uint8 [t h w 3], rounded (the release truncates, half a level darker)."""
-    return ((frames + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+def chapter(number: int, caption: str) -> str:
+    """The title of a shot's chapter."""
+    return " ".join(f"{number}. {caption}".split())[:120]
+
+
+@contextmanager
+def _closed_on_error(folder: Folder) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        folder.close()
+        raise

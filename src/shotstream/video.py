@@ -140,7 +140,7 @@ class VideoWriter:
 
     path: the final name, replaced only when the new file is whole.
     fps: frames per second. size: width and height of the frames given.
-    scale: enlarge by this factor (Lanczos). title, comment: metadata (GIF has none).
+    scale: enlarge by this factor (Lanczos). title, comment: metadata (GIF has none). chapters: False leaves them out.
     Raises VideoError.
     """
 
@@ -152,6 +152,7 @@ class VideoWriter:
         scale: int = 1,
         title: str = "",
         comment: str = "",
+        chapters: bool = True,
     ) -> None:
         check_output(path)
         self.path = Path(path)
@@ -164,6 +165,7 @@ class VideoWriter:
         if self._format.pixels == "yuv420p" and (self._width % 2 or self._height % 2):
             sides = f"{self._width}x{self._height}"
             raise VideoError(f"{path}: cannot hold {sides}, sides must be even; use an even scale, or .gif")
+        self._with_chapters = chapters and self._format.chapters
         self._title: str | None = None  # of the shot under way
         self._next = 0  # number of the next frame
         self._packets: list[Packet] = []  # of the shot under way
@@ -300,7 +302,7 @@ class VideoWriter:
             with _explained(self.path):
                 if self.shots:
                     self._stream.encode(None)  # nothing is left in the encoder; this only ends it
-                    if self._format.chapters:
+                    if self._with_chapters:
                         self._container.set_chapters(self._chapters)
                 self._container.close()
                 if self.shots:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shotstream.data.batch import WHOLE, Batch, ContextRule, Kind, Sample, Share, collate
 from shotstream.memory.policies.dual_buffer import context_picks
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.models.text import Words
@@ -30,9 +31,7 @@ from shotstream.storybook.world import Split, sample_world
 
 SHARD = 64
 # Every frame that the context rule can pick from a shot of 21 frames, whatever the number of shots.
-STILLS = tuple(
-    sorted({frame for shots in range(1, 7) for _, frame in context_picks([SHOT_FRAMES] * shots, 6)})
-)
+STILLS = tuple(sorted({frame for shots in range(1, 7) for _, frame in context_picks([SHOT_FRAMES] * shots, 6)}))
 
 
 def to_frames(pixels: np.ndarray) -> Tensor:
@@ -96,28 +95,18 @@ def _shard(vae: PatchVAE, split: Split, seeds: range) -> tuple[dict[str, Tensor]
     }, json.dumps(shots)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """`b` sequences of [context | target] latent frames, ready for a recipe."""
-
-    latents: Tensor  # b f c h w, clean
-    context: int  # how many of the f are context
-    positions: Tensor  # b f
-    flags: Tensor  # b f: shot index of each latent frame (what the phase is made of)
-    words: Tensor  # p s: word numbers of all prompts of the batch
-    index: Tensor  # b f: which prompt each latent frame reads
-    coverage: Tensor  # b f h w: share of each cell covered by the cast
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "context"}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
-
-
 class Stories:
     """All shards of a folder, memory-mapped by safetensors and held as one table of shots."""
 
-    def __init__(self, folder: Path, text: Words, split: Split = "train", paraphrases: int = 4, limit: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        text: Words,
+        split: Split = "train",
+        paraphrases: int = 4,
+        limit: int = 0,
+        rule: ContextRule = ContextRule(),
+    ) -> None:
         paths = sorted(folder.glob(f"{split}-*.safetensors"))[: limit or None]
         if not paths:
             raise FileNotFoundError(f"{folder}: no {split}-*.safetensors; make them with `shotstream train stage data`")
@@ -132,6 +121,7 @@ class Stories:
                 counts += json.loads(shard.metadata()["story"])
         self.latents, self.stills, self.coverage = (torch.cat(parts[n]) for n in ("latents", "stills", "coverage"))
         self.first = np.concatenate([[0], np.cumsum(counts)])  # first shot of each story
+        self.rule = rule
         self.words = self._words(text, split, paraphrases)
 
     def _words(self, text: Words, split: Split, paraphrases: int) -> Tensor:
@@ -146,12 +136,17 @@ class Stories:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def batch(self, rng: np.random.Generator, size: int, kind: str, history: int | None = None) -> Batch:
-        """Draw `size` samples. kind: "image" (a shot's first latent frame), "shot" (a whole shot without context),
-        "next" (a shot and its context; `history`: only shots with that many shots before them).
+    def batch(
+        self, rng: np.random.Generator, size: int, kind: Kind, history: int | None = None, share: Share = WHOLE
+    ) -> Batch:
+        """Draw `size` samples and read this process's share of them. kind: "image" (a shot's first latent frame),
+        "shot" (a whole shot without context), "next" (a shot and its context; `history`: only shots with that many
+        shots before them).
         """
+        if kind == "next" and history is None and self.rule.frames != "dynamic":
+            history = int(rng.integers(1, np.diff(self.first).max()))  # a batch has one number of context frames
         rows = [self._pick(rng, kind, history) for _ in range(size)]
-        return self.gather(rows, rng, kind == "next", 1 if kind == "image" else None)
+        return self.gather(rows, rng, kind == "next", 1 if kind == "image" else None, share)
 
     def pick_stories(self, rng: np.random.Generator, size: int, shots: int) -> list[int]:
         """Stories of at least `shots` shots."""
@@ -159,35 +154,30 @@ class Stories:
         return [int(i) for i in rng.choice(np.flatnonzero(counts >= shots), size)]
 
     def gather(
-        self, rows: list[tuple[int, int]], rng: np.random.Generator, context: bool, frames: int | None = None
+        self,
+        rows: Sequence[tuple[int, int]],
+        rng: np.random.Generator,
+        context: bool,
+        frames: int | None = None,
+        share: Share = WHOLE,
     ) -> Batch:
-        """The batch of these (story, shot) pairs; `frames`: only so many latent frames of the target."""
-        latents: list[Tensor] = []
-        words: list[Tensor] = []
-        cover: list[Tensor] = []
-        index, flags = [], []
-        for story, shot in rows:
-            first = int(self.first[story])
-            paraphrase = int(rng.integers(self.words.shape[1]))
-            picks = context_picks([SHOT_FRAMES] * shot, 6) if context else ()
-            target = self.latents[first + shot, :frames]
-            latents += [*(self.stills[first + s, STILLS.index(f)] for s, f in picks), *target]
-            shots = [s for s, _ in picks] + [shot] * len(target)
-            prompts = sorted(set(shots))
-            index.append([len(words) + prompts.index(s) for s in shots])
-            flags.append(shots if picks else [0] * len(target))
-            words += [self.words[first + s, paraphrase] for s in prompts]
-            cover.append(self.coverage[first + shot, :frames])
-        count = len(flags[0]) - len(cover[0])
-        start = 6 - count  # targets sit at 6, 7, ... with and without context
-        return Batch(
-            latents=torch.stack(latents).float().unflatten(0, (len(rows), -1)),
-            context=count,
-            positions=torch.arange(start, start + len(flags[0])).expand(len(rows), -1),
-            flags=torch.tensor(flags),
-            words=torch.stack(words).long(),
-            index=torch.tensor(index),
-            coverage=torch.stack(cover).float() / 255,
+        """The batch of this share of these (story, shot) pairs; `frames`: only so many latent frames of the target."""
+        told = rng.integers(self.words.shape[1], size=len(rows))  # which paraphrase
+        mine = share.of(list(zip(rows, map(int, told), strict=True)))
+        samples = [self._sample(story, shot, version, context, frames) for (story, shot), version in mine]
+        return collate(samples, self.rule, zeros=self.rule.zeros and frames is None)
+
+    def _sample(self, story: int, shot: int, paraphrase: int, context: bool, frames: int | None) -> Sample:
+        first = int(self.first[story])
+        picks = self.rule.picks([SHOT_FRAMES] * shot) if context else ()
+        shots = [s for s, _ in picks]
+        return Sample(
+            stills=[self.stills[first + s, STILLS.index(f)] for s, f in picks],
+            shots=shots,
+            target=self.latents[first + shot, :frames],
+            shot=shot,
+            prompts={s: self.words[first + s, paraphrase] for s in {*shots, shot}},
+            coverage=self.coverage[first + shot, :frames].float() / 255,
         )
 
     def _pick(self, rng: np.random.Generator, kind: str, history: int | None) -> tuple[int, int]:

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shotstream.errors import MISSING, USAGE, Failure, one_line_errors
 
+if TYPE_CHECKING:
+    from shotstream.pipeline import Pipeline
+
 eval_app = typer.Typer(help="Measure a model.", no_args_is_help=True)
 
-ROWS = ("ground truth", "autoencoder", "model", "without memory", "other memory", "true history")
+ROWS = (
+    "ground truth",
+    "autoencoder",
+    "teacher",
+    "teacher true history",
+    "model",
+    "true history",
+    "without memory",
+    "other memory",
+    "copy previous",
+    "random story",
+)
+TEST_SEED, VALIDATION_SEED = 90_000_000, 80_000_000
+"""First seeds of the stories that claims are tested on, and of those that choose checkpoints: no training story is
+drawn from here on."""
 
 
 @eval_app.callback()
@@ -23,16 +41,26 @@ def _group() -> None:
 def storybook(
     out: Annotated[Path, typer.Option(help="Folder of the results; a stopped study goes on there.")],
     model: Annotated[str, typer.Option(help="Name of a built-in model, or path of a model file.")] = "storybook",
+    teacher: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Model file of the teacher.", show_default="storybook's own")
+    ] = None,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 25,
     stories: Annotated[int, typer.Option(min=2, help="Held-out stories.")] = 100,
-    seed: Annotated[int, typer.Option(help="Shifts the noise seeds.")] = 0,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Shots of every story.", show_default="2 to 5, as the story has it")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Noise seed; may be repeated.", show_default="0")
+    ] = None,
     split: Annotated[str, typer.Option(help="heldout: unseen combinations; train: seen ones.")] = "heldout",
-    rows: Annotated[list[str] | None, typer.Option("--row", help=f"Some of: {', '.join(ROWS)}.")] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Stories to choose a checkpoint by, instead of the test stories.")
+    ] = False,
+    rows: Annotated[list[str] | None, typer.Option("--row", metavar="ROW", help=f"Some of: {', '.join(ROWS)}.")] = None,
 ) -> None:
     """Generate stories, read them back by the judge, and report accuracy and memory with 95 % intervals."""
     from shotstream.evaluation.generators import generators
-    from shotstream.evaluation.storybook import study
-    from shotstream.pipeline import ModelError, load
-    from shotstream.storybook.draw import HEIGHT, WIDTH
+    from shotstream.evaluation.storybook import ledger_file, study
     from shotstream.storybook.world import sample_world
 
     with one_line_errors():
@@ -40,21 +68,67 @@ def storybook(
             raise Failure(f"unknown row {unknown.pop()!r}; rows: {', '.join(ROWS)}", USAGE)
         if split not in ("heldout", "train"):
             raise Failure(f"unknown split {split!r}; splits: heldout, train", USAGE)
+        pipeline = _load(model)
+        guide = _load(teacher) if teacher else _default_teacher(model)
+        chosen = generators(pipeline, guide, teacher_steps)
+        wanted = rows or [row for row in ROWS if row in chosen]
+        if absent := [row for row in wanted if row not in chosen]:
+            raise Failure(f"row {absent[0]!r} needs the teacher of {model!r}; name its model file by --teacher", USAGE)
+        first = VALIDATION_SEED if validation else TEST_SEED
+        worlds = [sample_world(first + i, split, shots) for i in range(stories)]  # type: ignore[arg-type]
+        models = {"model": pipeline.revision}
+        if guide:
+            models |= {"teacher": guide.revision, "teacher steps": str(teacher_steps)}
+        ledger = None if validation else ledger_file(out)
         try:
-            pipeline = load(model)
-        except ModelError as error:
-            raise Failure(str(error), MISSING) from None
-        if (pipeline.config.width, pipeline.config.height) != (WIDTH, HEIGHT):
-            made = f"{pipeline.config.width} x {pipeline.config.height}"
-            raise Failure(f"model {model!r} makes {made} frames, and the judge reads {WIDTH} x {HEIGHT}", USAGE)
-        worlds = [sample_world(TEST_SEED + i, split) for i in range(stories)]  # type: ignore[arg-type]
-        chosen = generators(pipeline, worlds)
-        report = study({row: chosen[row] for row in rows or ROWS}, worlds, out, seed, _progress)
-        print(report.markdown())
+            report = study({row: chosen[row] for row in wanted}, worlds, out, seed or [0], _progress, models, ledger)
+        except ValueError as error:
+            raise Failure(str(error), USAGE) from None
+        print(report.markdown(("overall",)))
+        print(f"all tables: {out / 'report.md'}; pictures beside it")
 
 
-TEST_SEED = 90_000_000
-"""First seed of the test stories: no training story is drawn from here on."""
+@eval_app.command("compare")
+def compare_results(
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="Folder of a study, or the .jsonl file of one of its rows.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The same of another one.")],
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
+) -> None:
+    """A minus B: what two studies of the same stories differ in, paired by story, with 95 % intervals."""
+    from shotstream.evaluation.comparison import as_json, compare, markdown
+
+    with one_line_errors():
+        try:
+            reports = compare(first, second)
+        except ValueError as error:
+            raise Failure(str(error), USAGE) from None
+        if out:
+            out.write_text(json.dumps(as_json(reports), indent=1) + "\n")
+        print(markdown(reports))
+
+
+def _load(model: str) -> Pipeline:
+    from shotstream.pipeline import ModelError, load
+    from shotstream.storybook.draw import HEIGHT, WIDTH
+
+    try:
+        pipeline = load(model)
+    except ModelError as error:
+        raise Failure(str(error), MISSING) from None
+    if (pipeline.config.width, pipeline.config.height) != (WIDTH, HEIGHT):
+        made = f"{pipeline.config.width} x {pipeline.config.height}"
+        raise Failure(f"model {model!r} makes {made} frames, and the judge reads {WIDTH} x {HEIGHT}", USAGE)
+    return pipeline
+
+
+def _default_teacher(model: str) -> Pipeline | None:
+    """The teacher that lies beside the built-in model; a model file brings none."""
+    from importlib.resources import files
+
+    path = Path(str(files("shotstream") / "storybook" / "weights" / "storybook-teacher.safetensors"))
+    return _load(str(path)) if model == "storybook" and path.exists() else None
 
 
 def _progress(row: str, done: int, total: int) -> None:

@@ -26,8 +26,7 @@ class Frame:
     index: int  # number in the stream (context frames: 0, 1, ... in the context)
     shot: int = 0
     offset: int = 0  # number inside its shot (context frames: the picture to encode, -1 = a zero latent)
-    prompt: int = 0  # whose text its queries read; a serial number. The opening text of shot s is number s
-    #                  for policies that read finished shots again (DualBuffer).
+    prompt: int = 0  # whose text its queries read; a number. Shot s opens with text s; other texts, other numbers.
     role: Role = "local"  # "empty": keys and values are all zero
     source: int | None = None  # read the keys and values of the local frame with this index, not one's own
 
@@ -107,9 +106,12 @@ class MemoryPolicy:
                 f"{self.sink} and a chunk of {self.chunk}; give window >= {self.sink + self.chunk}"
             )
 
-    def boundary(
-        self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]
-    ) -> Boundary:
+    @property
+    def carries(self) -> bool:
+        """Whether keys and values of a shot may outlive the cut after it; if not, replaying a shot costs nothing."""
+        return not self.restart
+
+    def boundary(self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]) -> Boundary:
         """At the stream's first chunk (a cut, memory empty), at every new text and at every cut.
 
         `new`: the frames of the chunk it falls on; `shots`: pictures of each finished shot.
@@ -126,7 +128,7 @@ class MemoryPolicy:
             if self.limit is not None and count > self.limit:
                 raise ValueError(
                     f"{type(self).__name__} stops at {self.limit} latent frames, and this chunk needs "
-                    f"{count}; cut to a new shot, make shots shorter, or give the policy a window"
+                    f"{count}; cut to a new shot, make shots shorter, or take a policy with a window"
                 )
             return Change(memory)
         over = max(0, count - self.window)

@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections shared by self- and cross-attention."""
+    """The projections of self-attention; cross-attention has the same."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -97,15 +97,6 @@ class Attention(nn.Module):
         return self.split(self.v(x))
 
 
-class SelfAttention(Attention):
-    """Attention over latents, rotated by place; with a memory, also over what it keeps."""
-
-    def forward(self, x: Tensor, places: Rotation, extend: Extend | None, mask: Tensor | None) -> Tensor:
-        q, k, v = rotate(self.queries(x), places), self.keys(x), self.values(x)
-        k, v = extend(k, v) if extend else (rotate(k, places), v)
-        return self.o(attention(q, k, v, mask).flatten(-2))
-
-
 class CrossAttention(Attention):
     """Attention of each latent frame to its own prompt; no rotation, no mask: padding rows are keys too (Wan)."""
 
@@ -126,13 +117,17 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.self_attn = SelfAttention(dim, config.heads)
+        self.self_attn = Attention(dim, config.heads)
         self.cross_attn = CrossAttention(dim, config.heads)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = nn.Sequential(
             nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values [p s n d] of embedded prompts [p s d]."""
+        return self.cross_attn.keys(text), self.cross_attn.values(text)
 
     def forward(
         self,
@@ -144,11 +139,36 @@ class Block(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """x [b f l d], time [b f 6 d] -> [b f l d]. `text`: this layer's keys and values, and each frame's prompt."""
-        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + time).unsqueeze(3).unbind(2)
-        y = modulate(x, shift_sa, scale_sa).flatten(1, 2)
-        x = x + self.self_attn(y, places, extend, mask).view_as(x) * gate_sa
-        x = x + self.cross_attn(self.norm3(x), *text)
+        q, k, v = self.ask(x, time, places)
+        k, v = extend(k, v) if extend else (rotate(k, places), v)
+        return self.answer(x, time, attention(q, k, v, mask), *text)
+
+    # What may be compiled: everything around attention over the memory, with shapes that no memory changes.
+
+    def ask(self, x: Tensor, time: Tensor, places: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, and keys and values as a memory keeps them, each [b f*l n d]."""
+        shift, scale = (self.modulation + time).unsqueeze(3).unbind(2)[:2]
+        y = modulate(x, shift, scale).flatten(1, 2)
+        attn = self.self_attn
+        return rotate(attn.queries(y), places), attn.keys(y), attn.values(y)
+
+    def answer(self, x: Tensor, time: Tensor, seen: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        """x after what self-attention has `seen` [b f*l n d], the prompts' `k` and `v`, and the feed-forward."""
+        gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + time).unsqueeze(3).unbind(2)[2:]
+        x = x + self.self_attn.o(seen.flatten(-2)).view_as(x) * gate_sa
+        x = x + self.cross_attn(self.norm3(x), k, v, index)
         return x + self.ffn(modulate(x, shift_ff, scale_ff)) * gate_ff
+
+
+def compile_blocks(dit: DiT) -> DiT:
+    """Let torch compile the blocks of this network, in place: one graph for all, made at the first pass.
+
+    It joins what lies between matrix products. Worth its time on a GPU; on a CPU it needs a C++ compiler.
+    """
+    for block in dit.layers():
+        block.ask = torch.compile(block.ask, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+        block.answer = torch.compile(block.answer, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+    return dit
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -205,10 +225,8 @@ class DiT(nn.Module):
         each latent frame reads.
         """
         embedded = self.text_embedding(states.to(self.dtype))
-        attentions = [block.cross_attn for block in self.layers()]
-        return Text(
-            tuple(a.keys(embedded) for a in attentions), tuple(a.values(embedded) for a in attentions), index
-        )
+        keys, values = zip(*(block.read(embedded) for block in self.layers()), strict=True)
+        return Text(keys, values, index)
 
     def forward(
         self,
@@ -234,14 +252,7 @@ class DiT(nn.Module):
         for layer, block in enumerate(self.layers()):
             extend = partial(memory.extend, layer) if memory else None
             x = block(x, time6, (text.keys[layer], text.values[layer], text.index), places, extend, mask)
-        out = rearrange(
-            self.head(x, time),
-            "b f (h w) (p q c) -> b f c (h p) (w q)",
-            h=height // self.config.patch,
-            w=width // self.config.patch,
-            p=self.config.patch,
-            q=self.config.patch,
-        )
+        out = self.unpatch(self.head(x, time), height, width)
         if self.config.prediction == "velocity":
             return out
         return velocity_from_x0(latents, out, timesteps)
@@ -251,6 +262,11 @@ class DiT(nn.Module):
         p = self.config.patch
         patches = rearrange(latents.to(self.dtype), "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def unpatch(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """The head's tokens `b f l (p q c)` -> `b f c h w`."""
+        p = self.config.patch
+        return rearrange(tokens, "b f (h w) (p q c) -> b f c (h p) (w q)", h=height // p, w=width // p, p=p, q=p)
 
 
 # Below this sigma an x0 head's velocity (x - x0) / sigma is noise divided by almost nothing.

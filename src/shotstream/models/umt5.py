@@ -3,10 +3,11 @@
 Needs the extra `wan`: `pip install 'shotstream[wan]'`.
 """
 
+import bisect
 import html
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shotstream.config import UMT5Config
+
 NEEDS_EXTRA = "the umT5 text encoder needs {}: pip install 'shotstream[wan]'"
 
 Tokenize = Callable[[str], list[int]]  # clean text to ids, the closing </s> included, nothing cut or padded
 
 
-@dataclass(frozen=True)
-class UMT5Sizes:
-    """Sizes of the encoder; the defaults are umT5-xxl's."""
-
-    vocabulary: int = 256_384
-    dim: int = 4096
-    heads: int = 64
-    head_dim: int = 64
-    ffn_dim: int = 10_240
-    layers: int = 24
-    buckets: int = 32  # of the relative position bias; distances from max_distance on share the last
-    max_distance: int = 128
-    length: int = 512  # tokens per prompt, padding included
-
-
 class UMT5(nn.Module):
     """A `TextEncoder`: prompts to `length` rows of width `dim`, rows past a prompt's end zero."""
 
-    def __init__(self, sizes: UMT5Sizes, state: Mapping[str, Tensor], tokenize: Tokenize):
+    def __init__(self, config: UMT5Config, state: Mapping[str, Tensor], tokenize: Tokenize):
         """`state`: weights by native Wan names, used as they are (dtype, device, no copy).
 
         Raises ImportError without transformers, RuntimeError naming the missing and unexpected weights.
         """
         super().__init__()
-        self.sizes = sizes
+        self.config = config
         self.tokenize = tokenize
-        self.model = _empty_model(sizes)
-        names = self.native_names(sizes.layers)
+        self.model = _empty_model(config)
+        names = native_names(config.layers)
         missing, unexpected = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys())
         if missing or unexpected:
             raise RuntimeError(f"umT5 weights do not fit: missing {missing[:4]}, unexpected {unexpected[:4]}")
@@ -58,11 +46,11 @@ class UMT5(nn.Module):
 
     @property
     def length(self) -> int:
-        return self.sizes.length
+        return self.config.length
 
     @property
     def dim(self) -> int:
-        return self.sizes.dim
+        return self.config.dim
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
@@ -79,39 +67,66 @@ class UMT5(nn.Module):
         states = self.model(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]
         return F.pad(states, (0, 0, 0, self.length - len(ids)))
 
-    def token_count(self, text: str) -> int:
-        """Tokens of the prompt, closing token included; more than `length` means its end will be cut off."""
-        return len(self.tokenize(clean(text)))
-
     def warnings(self, text: str) -> list[str]:
-        count = self.token_count(text)
-        if count <= self.length:
-            return []
-        return [
-            f"the prompt has {count} tokens and the text encoder reads {self.length}: its end, which is the "
-            "shot's own text, will be cut off; shorten the story's common text"
-        ]
+        return warnings(text, self.tokenize, self.length)
 
     def _ids(self, text: str) -> list[int]:
         ids = self.tokenize(clean(text))
         return ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]  # </s> always stays
 
-    @staticmethod
-    def native_names(layers: int) -> dict[str, str]:
-        """Wan's parameter names (`models_t5_umt5-xxl-enc-bf16.pth`) to those of `UMT5EncoderModel`."""
-        names = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
-        for i in range(layers):
-            attention, ffn = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
-            names |= {f"blocks.{i}.attn.{p}": f"{attention}.SelfAttention.{p}" for p in "qkvo"}
-            names |= {
-                f"blocks.{i}.norm1": f"{attention}.layer_norm",
-                f"blocks.{i}.pos_embedding.embedding": f"{attention}.SelfAttention.relative_attention_bias",
-                f"blocks.{i}.norm2": f"{ffn}.layer_norm",
-                f"blocks.{i}.ffn.gate.0": f"{ffn}.DenseReluDense.wi_0",
-                f"blocks.{i}.ffn.fc1": f"{ffn}.DenseReluDense.wi_1",
-                f"blocks.{i}.ffn.fc2": f"{ffn}.DenseReluDense.wo",
-            }
-        return {f"{native}.weight": f"{other}.weight" for native, other in names.items()}
+
+def native_names(layers: int) -> dict[str, str]:
+    """Wan's parameter names (`models_t5_umt5-xxl-enc-bf16.pth`) to those of `UMT5EncoderModel`."""
+    names = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+    for i in range(layers):
+        attention, ffn = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        names |= {f"blocks.{i}.attn.{p}": f"{attention}.SelfAttention.{p}" for p in "qkvo"}
+        names |= {
+            f"blocks.{i}.norm1": f"{attention}.layer_norm",
+            f"blocks.{i}.pos_embedding.embedding": f"{attention}.SelfAttention.relative_attention_bias",
+            f"blocks.{i}.norm2": f"{ffn}.layer_norm",
+            f"blocks.{i}.ffn.gate.0": f"{ffn}.DenseReluDense.wi_0",
+            f"blocks.{i}.ffn.fc1": f"{ffn}.DenseReluDense.wi_1",
+            f"blocks.{i}.ffn.fc2": f"{ffn}.DenseReluDense.wo",
+        }
+    return {f"{native}.weight": f"{other}.weight" for native, other in names.items()}
+
+
+def native_shapes(config: UMT5Config) -> dict[str, tuple[int, ...]]:
+    """Shapes by native name, without needing transformers."""
+    dim, inner = config.dim, config.heads * config.head_dim
+    ends = {
+        "token_embedding": (config.vocabulary, dim),
+        **{f"attn.{p}": (inner, dim) for p in "qkv"},
+        "attn.o": (dim, inner),
+        "pos_embedding.embedding": (config.buckets, config.heads),
+        "ffn.gate.0": (config.ffn_dim, dim),
+        "ffn.fc1": (config.ffn_dim, dim),
+        "ffn.fc2": (dim, config.ffn_dim),
+    }
+    names = native_names(config.layers)
+    return {name: ends.get(_within_block(name), (dim,)) for name in names}  # what is left are norms
+
+
+def _within_block(name: str) -> str:
+    return re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight")
+
+
+def warnings(text: str, tokenize: Tokenize, length: int) -> list[str]:
+    """What of a prompt will not be read, in words. Needs the tokeniser alone: told before anything is loaded."""
+    text = clean(text)
+    count = len(tokenize(text))
+    if count <= length:
+        return []
+    words = text.split(" ")
+    whole = bisect.bisect_right(range(len(words)), length, key=lambda n: len(tokenize(" ".join(words[:n])))) - 1
+    cut = words[whole:]
+    shown = " ".join(cut if len(cut) <= 24 else [*cut[:12], "...", *cut[-8:]])
+    lost = "word is" if len(cut) == 1 else "words are"
+    return [
+        f"the prompt has {count} tokens and the text encoder reads {length}: its last {len(cut)} {lost} not read "
+        f'("{shown}"); shorten the story\'s common text'
+    ]
 
 
 def clean(text: str) -> str:
@@ -124,11 +139,18 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def check_extra() -> None:
+    """Raise ImportError, naming the remedy, unless everything that `UMT5` needs is installed."""
+    for package in ("transformers", "tokenizers", "ftfy"):
+        if find_spec(package) is None:
+            raise ImportError(NEEDS_EXTRA.format(package))
+
+
 def load_tokenizer(folder: str | Path) -> Tokenize:
     """The tokeniser in `folder` (`google/umt5-xxl`, also inside Wan's repositories) as a function.
 
     Reads `tokenizer.json` as it stands: transformers' classes may rebuild parts of it.
-    Raises FileNotFoundError.
+    Raises FileNotFoundError; ValueError if the file is damaged.
     """
     try:
         from tokenizers import Tokenizer
@@ -137,28 +159,31 @@ def load_tokenizer(folder: str | Path) -> Tokenize:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no tokeniser; the folder must be a copy of google/umt5-xxl")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}: damaged tokeniser ({error}); download it again") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()  # we cut ourselves, after warning
     return lambda text: tokenizer.encode(text).ids
 
 
-def _empty_model(sizes: UMT5Sizes) -> Any:
+def _empty_model(config: UMT5Config) -> Any:
     """transformers' encoder without weights (meta device): nothing is initialised only to be overwritten."""
     try:
         import transformers
     except ImportError as error:
         raise ImportError(NEEDS_EXTRA.format("transformers")) from error
-    config = transformers.UMT5Config(
-        vocab_size=sizes.vocabulary,
-        d_model=sizes.dim,
-        d_kv=sizes.head_dim,
-        d_ff=sizes.ffn_dim,
-        num_layers=sizes.layers,
-        num_heads=sizes.heads,
-        relative_attention_num_buckets=sizes.buckets,
-        relative_attention_max_distance=sizes.max_distance,
+    empty = transformers.UMT5Config(
+        vocab_size=config.vocabulary,
+        d_model=config.dim,
+        d_kv=config.head_dim,
+        d_ff=config.ffn_dim,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        relative_attention_num_buckets=config.buckets,
+        relative_attention_max_distance=config.max_distance,
         feed_forward_proj="gated-gelu",  # the tanh form
     )
     with torch.device("meta"):
-        return transformers.UMT5EncoderModel(config)
+        return transformers.UMT5EncoderModel(empty)

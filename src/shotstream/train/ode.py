@@ -14,22 +14,26 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from shotstream.config import Config
-from shotstream.data.storybook import Batch, Stories
+from shotstream.data.batch import Batch, Kind, Source
 from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, to_x0
 from shotstream.models.dit import Text
 from shotstream.models.rope import Rotation
-from shotstream.train import run
-from shotstream.train.run import Log, Network, Pace, RunConfig, learning_scale
-from shotstream.train.teacher import Model, places, student_mask, trajectory
+from shotstream.train import processes
+from shotstream.train.draws import Draws, seed_everything
+from shotstream.train.model import Model, after
+from shotstream.train.network import Network, frozen, network
+from shotstream.train.run import Job, RunConfig, Sheet
+from shotstream.train.teacher import drop_text, trajectory
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class ODEConfig:
     first_shots: float = 0.25  # share of batches without context
     euler_steps: int = 12  # of the teacher; a multiple of the student's number of steps
     guidance: float = 2.0
+    drop_text: float = 0.0  # share of samples without text (released: 0.1)
 
 
 def states_of(model: Model, batch: Batch, config: Config, cfg: ODEConfig) -> Tensor:
@@ -52,43 +57,97 @@ def states_of(model: Model, batch: Batch, config: Config, cfg: ODEConfig) -> Ten
 
 
 def write_pairs(
-    out: Path, model: Model, stories: Stories, config: Config, cfg: ODEConfig, shards: int, size: int, seed: int = 0
+    out: Path, model: Model, stories: Source, config: Config, cfg: ODEConfig, shards: int, size: int, seed: int = 0
 ) -> None:
-    """Write `shards` files of `size` pairs; those that exist are kept, so several processes and restarts add up."""
+    """Write `shards` files of `size` pairs; those that exist are kept, so several processes and restarts add up.
+
+    Processes that `torchrun` started take turns: each makes every n-th file.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    for number in range(shards):
+    share = processes.share()
+    for number in range(share.rank, shards, share.processes):
         path = out / f"pairs-{number:05d}.safetensors"
         if path.exists():
             continue
-        rng = run.seed_everything(seed * 1_000_000 + number)
-        kind = "shot" if rng.random() < cfg.first_shots else "next"
+        rng = seed_everything(seed * 1_000_000 + number)
+        kind: Kind = "shot" if rng.random() < cfg.first_shots else "next"
         batch = stories.batch(rng, size, kind).to(model.dit.device)
         states = states_of(model, batch, config, cfg)
-        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "context"}
-        tensors |= {
+        tensors = batch.tensors() | {
             "latents": batch.latents[:, : batch.context].bfloat16(),
             "states": states.bfloat16(),
         }
         unfinished = path.with_suffix(f".{os.getpid()}")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished)
+        metadata = {"zeros": str(batch.zeros)}
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, unfinished, metadata)
         os.replace(unfinished, path)
 
 
-def read_pairs(path: Path) -> tuple[Batch, Tensor]:
-    """A shard: the batch (its target latents are the trajectory's end) and the states."""
-    tensors = load_file(path)
-    states = tensors.pop("states").float()
-    context = tensors["latents"].float()
+class Pairs:
+    """The pairs in a folder. A batch has one number of context frames, so files are told apart by it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.glob("pairs-*.safetensors"))
+        if not self.paths:
+            raise FileNotFoundError(f"{folder}: no pairs; write them with `shotstream train stage pairs`")
+        shapes = [_shapes(path) for path in self.paths]
+        self.context = [context for _, context in shapes]
+        self.size = min(count for count, _ in shapes)  # pairs per file
+
+    def batch(self, draws: Draws, size: int) -> tuple[Batch, Tensor]:
+        """About `size` pairs, whole files of them; this process's share."""
+        context = self.context[int(draws.rng.integers(len(self.paths)))]
+        alike = [path for path, c in zip(self.paths, self.context, strict=True) if c == context]
+        files = [alike[i] for i in draws.rng.integers(len(alike), size=max(1, size // self.size))]
+        rows = draws.share.of([(n, row) for n in range(len(files)) for row in range(self.size)])
+        parts = [read_pairs(files[n], [row for m, row in rows if m == n]) for n in sorted({n for n, _ in rows})]
+        return joined([batch for batch, _ in parts]), torch.cat([states for _, states in parts])
+
+
+def _shapes(path: Path) -> tuple[int, int]:
+    """Pairs in a file, and context frames of each."""
+    with safe_open(path, "pt") as file:
+        count, context = file.get_slice("latents").get_shape()[:2]
+        return count, context
+
+
+def read_pairs(path: Path, rows: list[int] | None = None) -> tuple[Batch, Tensor]:
+    """Pairs of a file (default: all): the batch (its target latents are the trajectory's end) and the states."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        zeros = (file.metadata() or {}).get("zeros") == "True"
+    words = tensors.pop("words")
+    if rows is not None:
+        tensors = {name: tensor[rows] for name, tensor in tensors.items()}
+    states, context = tensors.pop("states").float(), tensors.pop("latents").float()
     latents = torch.cat((context, states[:, -1]), dim=1)
-    del tensors["latents"]
-    return Batch(latents=latents, context=context.shape[1], **tensors), states
+    return Batch(latents=latents, context=context.shape[1], words=words, zeros=zeros, **tensors), states
 
 
-def noised(batch: Batch, sigmas: tuple[float, ...]) -> Tensor:
+def joined(batches: list[Batch]) -> Batch:
+    """One batch of several that have the same shapes."""
+    firsts = [0, *accumulate(len(batch.words) for batch in batches)]
+    moved = [replace(b, index=b.index + first) for b, first in zip(batches, firsts, strict=False)]
+    together = {name: torch.cat([b.tensors()[name] for b in moved]) for name in moved[0].tensors()}
+    return replace(moved[0], **together)  # type: ignore[arg-type]
+
+
+def noised(batch: Batch, sigmas: tuple[float, ...], draws: Draws) -> Tensor:
     """States made of data: the target plus one draw of noise at each level, `b levels+1 f c h w`."""
-    clean = batch.latents[:, batch.context :]
-    noise = torch.randn_like(clean)
+    clean = batch.target
+    noise = draws.noise(tuple(clean.shape))
     return torch.stack([*(add_noise(clean, noise, torch.tensor(s)) for s in sigmas), clean], dim=1)
+
+
+def data(
+    cfg: ODEConfig, draws: Draws, stories: Source, pairs: Pairs | None, config: Config, size: int
+) -> tuple[Batch, Tensor]:
+    """What the student is shown in one step: samples and their states."""
+    if pairs:
+        return pairs.batch(draws, size)
+    kind: Kind = "shot" if draws.rng.random() < cfg.first_shots else "next"
+    batch = stories.batch(draws.rng, size, kind, share=draws.share)
+    return batch, noised(batch, config.schedule.sigmas(), draws)
 
 
 @dataclass(frozen=True)
@@ -108,26 +167,25 @@ class Task:
         return to_x0(self.x, velocity, self.sigmas)[:, -self.clean.shape[1] :]
 
 
-def task(model: Model, batch: Batch, states: Tensor, config: Config, rng: np.random.Generator) -> Task:
+def task(model: Model, batch: Batch, states: Tensor, draws: Draws, words: Tensor | None = None) -> Task:
     """Draw a level per chunk, uniform and independent; the last level is clean."""
-    context, target = batch.context, states[:, -1]
+    config, context, target = model.config, batch.context, states[:, -1]
     count, frames = target.shape[:2]
     levels = torch.tensor((*config.schedule.sigmas(), 0.0), device=target.device)
-    level = torch.from_numpy(rng.integers(len(levels), size=(count, frames // config.chunk))).to(target.device)
+    level = draws.integers(len(levels), count, frames // config.chunk).to(target.device)
     level = level.repeat_interleave(config.chunk, dim=1)
     x = states[torch.arange(count)[:, None].to(level), level, torch.arange(frames)[None].to(level)]
     x = torch.cat((batch.latents[:, :context], x), dim=1)
-    sigmas = torch.cat((torch.zeros(count, context, device=level.device), levels[level]), dim=1)
-    where = places(model.dit, batch.positions, batch.flags, x.shape)
-    mask = student_mask(context, frames, x.shape[-2:], model.dit)
-    return Task(x, sigmas, model.read(batch.words, batch.index), where, mask, target)
+    text = model.read(batch.words if words is None else words, batch.index)
+    mask = model.mask(context, x)
+    return Task(x, after(context, levels[level]), text, model.places(batch), mask, target)
 
 
 @torch.no_grad()
 def guided(teacher: Model, batch: Batch, task: Task, guidance: float) -> Tensor:
     """What the teacher answers to the same task with guidance: the student learns to answer so in one pass."""
     text = teacher.read(batch.words, batch.index)
-    null = teacher.read(torch.zeros_like(batch.words[:1]), torch.zeros_like(batch.index))
+    null = teacher.read(teacher.null(batch.words), torch.zeros_like(batch.index))
     return guide(task.x0(teacher, text), task.x0(teacher, null), guidance)
 
 
@@ -135,57 +193,26 @@ def loss(model: Model, task: Task, target: Tensor) -> Tensor:
     """Mean squared error of x0 where there is noise."""
     error = (task.x0(model) - target).square().mean((2, 3, 4))
     noisy = (task.sigmas[:, -target.shape[1] :] > 0).float()
-    return (error * noisy).sum() / noisy.sum().clamp(min=1)
+    return (error * noisy).sum() / processes.averaged(noisy.sum()).clamp(min=1)
 
 
 def train(
-    model: Config,
-    cfg: ODEConfig,
-    runs: RunConfig,
-    stories: Stories,
-    masters: Model,
-    sheet: run.Sheet | None = None,
+    model: Config, cfg: ODEConfig, runs: RunConfig, stories: Source, masters: Model, sheet: Sheet | None = None
 ) -> Network[Model]:
     """Train until `runs.steps`; resumes from `runs.out`."""
-    rank, _ = run.start_processes()
-    out = Path(runs.out)
-    rng = run.seed_everything(runs.seed, rank)
-    log = Log(out, enabled=rank == 0)
     masters.text.requires_grad_(False)  # trained with the teacher; frozen from here on
-    network = Network(masters, runs)
     teacher = copy.deepcopy(masters)
-    shards = sorted(Path(cfg.pairs).glob("pairs-*.safetensors")) if cfg.source == "pairs" else []
-    if cfg.source == "pairs" and not shards:
-        raise FileNotFoundError(f"{cfg.pairs}: no pairs; write them with `shotstream train stage pairs`")
-    step = 0
-    if state := run.resume(out / "checkpoint.pt"):
-        network.load_state_dict(state["network"])
-        run.restore_random_state(rng, state["random"], rank)
-        step = state["step"]
-    run.write_config(out, model=model, recipe=cfg, run=runs)
-    pace = Pace(runs)
-    while step < runs.steps:
-        if shards:
-            batch, states = read_pairs(shards[int(rng.integers(len(shards)))])
-        else:
-            kind = "shot" if rng.random() < cfg.first_shots else "next"
-            batch = stories.batch(rng, runs.batch, kind)
-            states = noised(batch, model.schedule.sigmas())
+    trained = network(masters, runs)
+    teacher = frozen(teacher, runs)
+    pairs = Pairs(Path(cfg.pairs)) if cfg.source == "pairs" else None
+    job = Job(runs, {"network": trained}, sheet, model=model, recipe=cfg)
+    for draws in job.steps():
+        batch, states = data(cfg, draws, stories, pairs, model, runs.batch)
         batch, states = batch.to(runs.device), states.to(runs.device)
-        shown = task(network.compute, batch, states, model, rng)
+        words = drop_text(draws, trained.compute, batch.words, batch.index, cfg.drop_text)
+        shown = task(trained.compute, batch, states, draws, words)
         target = guided(teacher, batch, shown, cfg.guidance) if cfg.source == "guided" else shown.clean
-        value = loss(network.compute, shown, target)
+        value = loss(trained.compute, shown, target)
         value.backward()
-        norm = network.step(learning_scale(step, runs))
-        step += 1
-        pace.add(value.item())
-        if step % runs.log_every == 0:
-            log.write(step=step, norm=norm, **pace.read(step))
-        if rank == 0 and sheet and step % runs.sheet_every == 0:
-            sheet(network.ema, step)
-        if rank == 0 and (pace.save_due() or step == runs.steps):
-            run.save(
-                out / "checkpoint.pt",
-                {"network": network.state_dict(), "random": run.random_state(rng), "step": step},
-            )
-    return network
+        job.tell(loss=value, norm=trained.step(job.scale))
+    return trained

@@ -11,24 +11,32 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shotstream import checkpoints
 from shotstream.checkpoints import read_model, write_model
-from shotstream.config import PRESETS, Config, PatchVAEConfig, WordsConfig, override
-from shotstream.data.storybook import Batch, Stories, fit_vae, write_shards
+from shotstream.config import PRESETS, Config, PatchVAEConfig, WanVAEConfig, WordsConfig, override
+from shotstream.data.batch import Batch, ContextRule, Kind
+from shotstream.data.latents import Clips, null_states
+from shotstream.data.storybook import Stories, fit_vae, write_shards
 from shotstream.models.patch_vae import PatchVAE
-from shotstream.pipeline import build
+from shotstream.models.vae import VAE as WanVAE
+from shotstream.models.vae import VAEConfig
+from shotstream.pipeline import VAE, build
 from shotstream.storybook.captions import VOCABULARY
-from shotstream.train import autoencoder, dmd, ode, teacher
+from shotstream.train import autoencoder, checkpoint, dmd, lora, ode, processes, teacher
 from shotstream.train.autoencoder import AutoencoderConfig
 from shotstream.train.dmd import DMDConfig, FreshNoise
+from shotstream.train.draws import Draws
+from shotstream.train.model import Model, Options, TextStates, dual_buffer
 from shotstream.train.ode import ODEConfig
 from shotstream.train.run import RunConfig, Sheet
 from shotstream.train.sheets import Sample, Sheets
-from shotstream.train.teacher import Model, TeacherConfig
+from shotstream.train.teacher import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
+    """A model, the stages that make it, and the alternatives it is made with."""
+
     config: Config
     stages: tuple[Stage, ...]
     student: str  # the stage that is exported
+    options: Options = field(default_factory=Options)
+
+    def chosen(self, options: Options) -> Recipe:
+        """The same recipe with these options."""
+        return dataclasses.replace(self, options=options, config=options.applied(self.config))
+
+    @property
+    def is_storybook(self) -> bool:
+        """Whether it starts from nothing: draws its data, trains its text encoder and its autoencoder."""
+        return isinstance(self.config.text, WordsConfig)
 
     def needed(self) -> list[Stage]:
         """The stages up to the student; pairs only if they are read."""
@@ -104,6 +124,57 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
     )
 
 
+def _wan(config: Config) -> Recipe:
+    """The paper's recipe from Wan2.1-T2V-1.3B, with the released settings (method.md 13)."""
+
+    def runs(steps: int, batch: int, lr: float, clip: float) -> RunConfig:
+        return RunConfig(
+            steps=steps,
+            batch=batch,
+            lr_adam=lr,
+            warmup=1,
+            final=1.0,
+            ema=0.99,
+            clip=clip,
+            device="cuda",
+            optimizer="adamw",
+            beta1=0.0,
+            beta2=0.999,
+            weight_decay=0.01,
+            shard=True,
+            checkpointing=True,
+            save_every=900,
+        )
+
+    def dmd_task(history: Literal["data", "own"], rank: int, drop: float) -> DMDConfig:
+        return DMDConfig(
+            history,
+            first_shots=0.1,
+            drop_context=drop,
+            critic_steps=5,
+            critic_lr=1.2e-6,  # times a third: of AdamW 4e-7
+            guidance=4.0,
+            shift=config.schedule.shift,
+            sigma_floor=0.0,
+            lora=rank,
+        )
+
+    grid = TeacherConfig("next", first_shots=0.1, tune="attention", levels="grid", cast_weight=0.0)
+    paper = ODEConfig("pairs", first_shots=0.1, euler_steps=50, guidance=6.0, drop_text=0.1)
+    return Recipe(
+        config,
+        (
+            Stage("next", grid, runs(10_000, 64, 1e-5, 10.0), init="base.safetensors"),
+            Stage("pairs", PairsConfig(5000, 1, paper), runs(0, 1, 0.0, 1.0), init="next"),
+            Stage("ode", paper, runs(2000, 64, 1e-6, 1.0), init="next"),
+            Stage("stage1", dmd_task("data", 0, 0.0), runs(500, 32, 2e-6, 1.0), init="ode"),
+            Stage("stage2", dmd_task("own", 256, 0.1), runs(1000, 32, 2e-6, 1.0), init="stage1"),
+        ),
+        "stage2",
+        Options(context_level="target"),
+    )
+
+
 _SMOKE = dataclasses.replace(
     PRESETS["storybook"],
     name="storybook-smoke",
@@ -116,6 +187,7 @@ RECIPES: dict[str, Recipe] = {
     "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "ode"),
     "storybook-large": _storybook(PRESETS["storybook-large"], 4.0, 64, DataConfig(30_000), "pairs", "stage2"),
     "storybook-smoke": _storybook(_SMOKE, 0.03, 4, DataConfig(64, 24), "pairs", "stage2"),
+    "wan-1.3b": _wan(PRESETS["wan-1.3b"]),
 }
 
 
@@ -127,74 +199,109 @@ def run_all(recipe: Recipe, root: Path, overrides: list[str]) -> Path:
 
 
 def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> None:
-    """Run or resume one stage. `overrides`: `task.field=value` or `runs.field=value`, strict."""
+    """Run or resume one stage. `overrides`: `task.field=value`, `runs.field=value` or `init=...`, strict."""
     stage = override(recipe.stage(name), overrides)
     out = root / name
     runs = dataclasses.replace(stage.runs, out=str(out))
-    print(f"stage {name} -> {out}", flush=True)
+    processes.start(runs.device, runs.backend)
+    if processes.leads():
+        print(f"stage {name} -> {out}", flush=True)
     if isinstance(stage.task, DataConfig):
         _make_data(recipe, stage.task, root)
         return
     if isinstance(stage.task, AutoencoderConfig):
         autoencoder.train(recipe.config, stage.task, runs, _fitted(recipe, root))
         return
-    model = fresh(recipe, runs.seed)
+    model = fresh(recipe, runs.seed, root)
     if stage.init:
         load_weights(model, root / stage.init)
-    stories = Stories(root / "data", model.text)
-    config = recipe.config
+    stories, config = source(recipe, root), recipe.config
 
-    def sheets(sample: Sample, kind: str) -> Sheet:
-        return Sheets(out, _best_vae(recipe, root), stories, sample, kind).write
+    def sheets(sample: Sample, kind: Kind) -> Sheet | None:
+        vae = _vae(recipe, root, runs.device, trained=False)
+        return Sheets(out, vae, stories, sample, kind).write if vae else None
 
     def roll(student: Model, batch: Batch) -> Tensor:
-        return dmd.rollout(student, config, batch, FreshNoise(), None)
+        return dmd.rollout(student, batch, FreshNoise(Draws(1)), None)
 
     match stage.task:
         case TeacherConfig():
             sheet = sheets(teacher.sample, stage.task.kind)
             teacher.train(config, stage.task, runs, stories, model, sheet)
         case PairsConfig():
+            model = model.to(runs.device).requires_grad_(False)
             ode.write_pairs(out, model, stories, config, stage.task.ode, stage.task.shards, stage.task.size)
         case ODEConfig():
             pairs = stage.task.pairs or str(root / "pairs")
             task = dataclasses.replace(stage.task, pairs=pairs)
             ode.train(config, task, runs, stories, model, sheets(roll, "next"))
         case DMDConfig():
-            expert = load_weights(fresh(recipe, 0), root / "next")
-            vae = _trained_vae(recipe, root) if stage.task.history == "own" else None
+            expert = load_weights(fresh(recipe, 0, root), root / "next")
+            vae = _vae(recipe, root, runs.device) if stage.task.history == "own" else None
             dmd.train(config, stage.task, runs, stories, model, expert, vae, sheets(roll, "next"))
 
 
-def fresh(recipe: Recipe, seed: int) -> Model:
-    """DiT and text encoder with new weights."""
+def source(recipe: Recipe, root: Path) -> Stories | Clips:
+    """The stories of `<root>/data`: drawn ones, or clips cached by `shotstream data cache-latents`."""
+    rule = ContextRule.of(dual_buffer(recipe.config))
+    if recipe.is_storybook:
+        return Stories(root / "data", build(recipe.config)[2], rule=rule)
+    return Clips(root / "data", rule, recipe.config.chunk)
+
+
+def fresh(recipe: Recipe, seed: int, root: Path | None = None) -> Model:
+    """DiT and text encoder with new weights; at Wan size the null text comes with the data of `root`."""
     torch.manual_seed(seed)
-    dit, _, text = build(recipe.config)
-    return Model(dit, text)
+    dit, text = recipe.options.dit(recipe.config), recipe.config.text
+    if isinstance(text, WordsConfig):
+        return Model(dit, build(recipe.config)[2], recipe.config, recipe.options)
+    nothing = null_states(root / "data") if root else torch.zeros(text.length, text.dim)
+    return Model(dit, TextStates(nothing), recipe.config, recipe.options)
 
 
-def load_weights(model: Model, source: Path) -> Model:
-    """The averaged weights of a stage (its folder), or those of a model file."""
-    if source.suffix == ".safetensors":
-        _, _, tensors, _ = read_model(source)
-        model.load_state_dict({n: t.float() for n, t in tensors.items() if n.startswith(("dit.", "text."))})
-        return model
-    path = source / "checkpoint.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: train stage {source.name!r} first")
-    model.load_state_dict(torch.load(path, weights_only=True)["network"]["ema"])
+def load_weights(model: Model, origin: Path) -> Model:
+    """The averaged weights of a stage (its folder), adapters merged; or those of a model file, ours or Wan's.
+
+    Parameters that only an alternative has (`options.inject`, `options.shots`) may be missing and stay fresh.
+    """
+    if origin.suffix == ".safetensors" and isinstance(model.config.vae, PatchVAEConfig):
+        tensors = read_model(origin)[2]
+        state = {n: t.float() for n, t in tensors.items() if n.startswith(("dit.", "text."))}
+    elif origin.suffix in (".safetensors", ".pt", ".pth"):
+        weights = checkpoints.recognise([origin], [checkpoints.dit_network(model.config.dit)])
+        state = {f"dit.{n}": t for n, t in checkpoints.state(weights, torch.float32, "cpu").items()}
+    else:
+        state = checkpoint.averaged_weights(origin)
+    state = lora.merged(state) if lora.has_adapters(state) else state
+    own = {"dit.beside.weight", "dit.opening"} & model.state_dict().keys()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if set(missing) - own or unexpected:
+        raise ValueError(f"{origin}: not a model of this preset: missing {missing[:3]}, unexpected {unexpected[:3]}")
     return model
 
 
 def export(recipe: Recipe, name: str, root: Path, out: Path) -> Path:
-    """Write the model file: the averaged weights of stage `name`, its text encoder, and the trained decoder."""
+    """Write what `generate` loads: the averaged weights of stage `name`, with all it takes to use them.
+
+    At storybook size one model file; at Wan size the DiT by its native names. For a stage trained with LoRA, also the
+    adapters, in peft's format, in a folder beside it.
+    """
+    if recipe.options != Options(context_level=recipe.options.context_level):
+        raise ValueError("a model of other options than the defaults cannot be exported: `generate` knows the defaults")
+    state = checkpoint.averaged_weights(root / name)
+    if lora.has_adapters(state):
+        lora.write(out.with_suffix(".lora"), state)
     model = load_weights(fresh(recipe, 0), root / name)
+    if not recipe.is_storybook:
+        tensors = {n: t.to(torch.bfloat16) for n, t in model.dit.state_dict().items()}
+        checkpoints.write_tensors(out, tensors, {"stage": name, "recipe": recipe.config.name})
+        return out
     stages = {s.name: dataclasses.asdict(s) for s in recipe.stages}
     write_model(
         out,
         recipe.config,
         VOCABULARY,
-        {"dit": model.dit, "text": model.text, "vae": _trained_vae(recipe, root)},
+        {"dit": model.dit, "text": model.text, "vae": trained_vae(recipe, root)},
         {"stage": name, "recipe": stages},
     )
     return out
@@ -224,16 +331,31 @@ def _fitted(recipe: Recipe, root: Path) -> PatchVAE:
     return vae
 
 
-def _best_vae(recipe: Recipe, root: Path) -> PatchVAE:
-    """The trained decoder if there is one already, else the linear one: sheets do not wait for it."""
-    trained = (root / "autoencoder" / "checkpoint.pt").exists()
-    return _trained_vae(recipe, root) if trained else _fitted(recipe, root)
+def _vae(recipe: Recipe, root: Path, device: str, trained: bool = True) -> VAE | None:
+    """The autoencoder. Unless it must be `trained`, sheets do with the linear one, or with none at Wan size."""
+    if isinstance(recipe.config.vae, WanVAEConfig):
+        return _wan_vae(recipe.config.vae, root, device, trained)
+    ready = (root / "autoencoder" / "checkpoint.pt").exists()
+    return trained_vae(recipe, root) if trained or ready else _fitted(recipe, root)
 
 
-def _trained_vae(recipe: Recipe, root: Path) -> PatchVAE:
+def _wan_vae(config: WanVAEConfig, root: Path, device: str, needed: bool) -> WanVAE | None:
+    files = sorted(root.glob("vae.*"))
+    if not files and not needed:
+        return None
+    if not files:
+        raise FileNotFoundError(f"{root}/vae.safetensors: link Wan's VAE there (Wan2.1_VAE.pth as vae.pth will do)")
+    weights = checkpoints.recognise(files[:1], [checkpoints.vae_network(config)])
+    with torch.device("meta"):
+        vae = WanVAE(VAEConfig(base_dim=config.base_dim, latent_channels=config.latent_channels))
+    vae.load_state_dict(checkpoints.state(weights, torch.bfloat16, device), assign=True)
+    return vae.requires_grad_(False).eval()
+
+
+def trained_vae(recipe: Recipe, root: Path) -> PatchVAE:
     path = root / "autoencoder" / "checkpoint.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path}: train stage 'autoencoder' first")
     vae = build(recipe.config)[1]
-    vae.load_state_dict(torch.load(path, weights_only=True)["network"]["ema"])
+    vae.load_state_dict(checkpoint.averaged_weights(path.parent))
     return vae

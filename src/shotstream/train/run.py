@@ -1,30 +1,38 @@
-"""What the recipes share: masters, optimisers, schedule, EMA, log, checkpoints.
+"""How a run is kept: settings, steps, progress, checkpoints. A recipe's loop is what remains:
 
-Weights are trained as pure bf16 copies of float32 masters (on the CPU 1.7x faster than autocast, storybook.md);
-with `torchrun` gradients are averaged over processes.
+    job = Job(runs, {"network": network}, sheet, model=model, recipe=cfg)
+    for draws in job.steps():
+        value = loss(network.compute, stories.batch(draws.rng, runs.batch, "next", share=draws.share), draws, cfg)
+        value.backward()
+        network.step(job.scale)
+        job.tell(loss=value)
+
+A job resumes where its last checkpoint is. As random numbers are a function of the step (`draws.py`), stopping and
+resuming equals not stopping.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-M = TypeVar("M", bound=nn.Module)
+from shotstream.errors import MISSING, Failure
+from shotstream.train import checkpoint, processes
+from shotstream.train.draws import Draws
+
+if TYPE_CHECKING:
+    from shotstream.train.network import Network
 
 Sheet = Callable[[Any, int], None]
-"""Draws samples of a model at a step."""
+"""Draws samples of a model at a step. Called in all processes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class RunConfig:
 
     out: str = ""
     steps: int = 1000
-    batch: int = 32
+    batch: int = 32  # of all processes together
     lr: float = 3e-3  # of Muon, for matrices
     lr_adam: float = 1e-3  # of AdamW, for everything else
     warmup: int = 50
@@ -46,90 +54,14 @@ class RunConfig:
     sheet_every: int = 100  # steps
     dtype: str = "bfloat16"  # of the copy that computes
     device: str = "cpu"
-
-
-class Network(Generic[M]):
-    """A trained module: float32 masters, the copy that computes, their average, and the optimisers."""
-
-    def __init__(self, masters: M, config: RunConfig) -> None:
-        self.masters = masters.to(config.device)
-        self.ema = copy.deepcopy(masters)
-        self.ema.requires_grad_(False)
-        self.compute = copy.deepcopy(masters).to(getattr(torch, config.dtype))
-        self.config = config
-        self.optimizers = optimizers(masters, config)
-        self.updates = 0
-
-    def step(self, scale: float) -> float:
-        """Apply the gradients of the computing copy with learning rates times `scale`; returns the gradient norm."""
-        pairs = list(zip(self.masters.parameters(), self.compute.parameters(), strict=True))
-        for master, copy_ in pairs:
-            master.grad = None if copy_.grad is None else copy_.grad.float()
-            copy_.grad = None
-        average_gradients(p.grad for p, _ in pairs if p.grad is not None)
-        norm = float(nn.utils.clip_grad_norm_(self.masters.parameters(), self.config.clip))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * scale
-            optimizer.step()
-        self.updates += 1
-        decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.masters.parameters()), 1 - decay)
-            torch._foreach_copy_([c for _, c in pairs], [m for m, _ in pairs])
-        return norm
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "masters": self.masters.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "updates": self.updates,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.masters.load_state_dict(state["masters"])
-        self.ema.load_state_dict(state["ema"])
-        self.compute.load_state_dict(state["masters"])
-        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        self.updates = state["updates"]
-
-
-def optimizers(module: nn.Module, config: RunConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside transformer blocks, AdamW for embeddings, input, output and vectors."""
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.ndim == 2 and "blocks." in n]
-    rest = [p for n, p in named if not (p.ndim == 2 and "blocks." in n)]
-    found: list[torch.optim.Optimizer] = []
-    if matrices:
-        found.append(torch.optim.Muon(matrices, lr=config.lr, momentum=0.95, weight_decay=0.01))
-    found.append(torch.optim.AdamW(rest, lr=config.lr_adam, betas=(0.9, 0.99), weight_decay=0.0))
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return found
-
-
-def average_gradients(gradients: Iterable[Tensor]) -> None:
-    """Mean over processes, as one flat message; nothing to do in a single process."""
-    if not dist.is_initialized():
-        return
-    tensors = list(gradients)
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def start_processes() -> tuple[int, int]:
-    """Join the processes that `torchrun` started; (rank, world size), (0, 1) without it."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size()
+    backend: str = ""  # of torch.distributed; default: gloo on the CPU, nccl on CUDA
+    optimizer: str = "muon"  # "muon" (with AdamW for what is no matrix) or "adamw"
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    shard: bool = False  # spread every network over the processes (FSDP2)
+    checkpointing: bool = False  # compute a block's activations again on the way back instead of keeping them
+    tensorboard: bool = False  # also write curves for TensorBoard
 
 
 def learning_scale(step: int, config: RunConfig) -> float:
@@ -140,86 +72,127 @@ def learning_scale(step: int, config: RunConfig) -> float:
     return 1 - (1 - config.final) * min(1.0, progress)
 
 
-class Log:
-    """JSON lines beside the checkpoint, and a plain line to the terminal."""
+class Job:
+    """The bookkeeping of a training loop: resuming, progress, sheets and checkpoints.
 
-    def __init__(self, out: Path, enabled: bool = True) -> None:
+    `parts` are saved; the first of them is the network whose averaged weights the sheets show. `settings` are written
+    to `config.json`.
+    """
+
+    def __init__(self, config: RunConfig, parts: dict[str, Any], sheet: Sheet | None = None, **settings: Any) -> None:
+        self.config, self.parts, self.sheet = config, parts, sheet
+        self.out = Path(config.out)
+        self.share = processes.start(config.device, config.backend)
+        self.checkpoint = checkpoint.Folder(self.out) if config.shard else checkpoint.File(self.out)
+        self.log = Log(self.out, processes.leads(), config.tensorboard)
+        self.pace = Pace(config)
+        self.step = self.checkpoint.read(parts)
+        if processes.leads():
+            write_config(self.out, **settings, run=config)
+
+    @property
+    def scale(self) -> float:
+        """What the learning rates of the present step are multiplied by."""
+        return learning_scale(self.step, self.config)
+
+    def tell(self, **values: Tensor | float) -> None:
+        """What is worth knowing of the present step: means are logged."""
+        self.pace.add({name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()})
+
+    def steps(self) -> Iterator[Draws]:
+        """The random numbers of each step that is still to be made; after its step, whatever is due is done."""
+        self.pace.start()
+        while self.step < self.config.steps:
+            yield Draws(self.config.seed, self.step, self.share)
+            self.step += 1
+            self.pace.steps += 1
+            if self.step % self.config.log_every == 0:
+                self.log.write(self.step, **_averaged(self.pace.read(self.step)))
+            if self.sheet and self.step % self.config.sheet_every == 0:
+                network: Network[Any] = next(iter(self.parts.values()))
+                self.sheet(network.ema, self.step)
+            if self._save_due():
+                self.checkpoint.write(self.parts, self.step)
+        self.checkpoint.finish()
+        self.log.close()
+
+    def _save_due(self) -> bool:
+        """By the leader's clock, so that all processes save after the same step."""
+        due = torch.tensor(float(self.step == self.config.steps or self.pace.save_due()))
+        return bool(processes.joined(due[None])[0])
+
+
+def _averaged(values: dict[str, float]) -> dict[str, float]:
+    """The means over all processes."""
+    numbers = processes.averaged(torch.tensor([*values.values()], dtype=torch.float64))
+    return dict(zip(values, numbers.tolist(), strict=True))
+
+
+class Log:
+    """JSON lines beside the checkpoint, a plain line to the terminal, and curves for TensorBoard if wanted.
+
+    Raises Failure naming the extra if TensorBoard is wanted and not installed.
+    """
+
+    def __init__(self, out: Path, enabled: bool = True, tensorboard: bool = False) -> None:
         self.path = out / "log.jsonl"
         self.enabled = enabled
         self.started = time.time()
+        self.curves = _curves(out) if enabled and tensorboard else None
         out.mkdir(parents=True, exist_ok=True)
 
-    def write(self, **values: Any) -> None:
+    def write(self, step: int, **values: Any) -> None:
         if not self.enabled:
             return
-        values = {"time": round(time.time() - self.started, 1), **values}
+        line = {"time": round(time.time() - self.started, 1), "step": step, **values}
         with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
+            file.write(json.dumps(line) + "\n")
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
+        if self.curves:
+            for name, value in values.items():
+                self.curves.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.curves:
+            self.curves.close()
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint to a temporary name and rename it: a kill at any moment leaves the one before."""
-    unfinished = path.with_suffix(".tmp")
-    torch.save(state, unfinished)
-    os.replace(unfinished, path)
-
-
-def resume(path: Path) -> dict[str, Any] | None:
-    """The checkpoint at `path`, or None."""
-    return torch.load(path, weights_only=True) if path.exists() else None
-
-
-def random_state(rng: np.random.Generator) -> dict[str, Any]:
-    """Everything random, as plain values."""
-    return {"numpy": json.dumps(rng.bit_generator.state), "torch": torch.get_rng_state()}
-
-
-def restore_random_state(rng: np.random.Generator, state: dict[str, Any], rank: int = 0) -> None:
-    """Go on where rank 0 stopped; other ranks branch off from there, so that no two draw the same samples."""
-    rng.bit_generator.state = json.loads(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if rank:
-        rng.bit_generator.state = np.random.PCG64(rng.integers(2**63) + rank).state
-        torch.manual_seed(int(rng.integers(2**63)))
-
-
-def seed_everything(seed: int, rank: int = 0) -> np.random.Generator:
-    """Seed torch and python, and return the generator that draws the data."""
-    random.seed(seed + rank)
-    torch.manual_seed(seed + rank)
-    return np.random.default_rng([seed, rank])
-
-
-def write_config(out: Path, **configs: Any) -> None:
-    """Write the resolved configuration beside the checkpoint."""
-    out.mkdir(parents=True, exist_ok=True)
-    plain = {name: asdict(c) if is_dataclass(c) and not isinstance(c, type) else c for name, c in configs.items()}
-    (out / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+def _curves(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        remedy = "pip install 'shotstream[train]'"
+        raise Failure(f"runs.tensorboard=true needs TensorBoard ({error}): {remedy}", MISSING) from None
+    return SummaryWriter(str(out / "tensorboard"))
 
 
 class Pace:
-    """Loss since the last log line, samples per second, time left, and when to save."""
+    """Means since the last log line, samples per second, time left, and when to save."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.losses: dict[str, list[float]] = {}
+        self.start()
+
+    def start(self) -> None:
+        self.values: dict[str, list[float]] = {}
         self.since = self.saved = time.time()
         self.steps = 0
 
-    def add(self, loss: float, name: str = "loss") -> None:
-        self.losses.setdefault(name, []).append(loss)
-        self.steps += 1
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value)
 
-    def read(self, step: int) -> dict[str, Any]:
+    def read(self, step: int) -> dict[str, float]:
         now = time.time()
-        rate = self.steps / (now - self.since)
-        values = {name: float(np.mean(v)) for name, v in self.losses.items()}
-        self.losses, self.since, self.steps = {}, now, 0
+        rate = self.steps / max(now - self.since, 1e-9)
+        means = {name: float(np.mean(v)) for name, v in self.values.items()}
+        self.values, self.since, self.steps = {}, now, 0
+        memory = {"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if self.config.device == "cuda" else {}
         return {
-            **values,
+            **means,
             "samples_per_s": rate * self.config.batch,
-            "eta_min": (self.config.steps - step) / rate / 60,
+            "eta_min": (self.config.steps - step) / max(rate, 1e-9) / 60,
+            **memory,
         }
 
     def save_due(self) -> bool:
@@ -227,3 +200,10 @@ class Pace:
         if due:
             self.saved = time.time()
         return due
+
+
+def write_config(out: Path, **configs: Any) -> None:
+    """Write the resolved configuration beside the checkpoint."""
+    out.mkdir(parents=True, exist_ok=True)
+    plain = {name: asdict(c) if is_dataclass(c) and not isinstance(c, type) else c for name, c in configs.items()}
+    (out / "config.json").write_text(json.dumps(plain, indent=2) + "\n")

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shotstream.data.storybook import Batch, Stories
-from shotstream.models.patch_vae import PatchVAE
+from shotstream.data.batch import Batch, Kind, Source
+from shotstream.pipeline import VAE
 from shotstream.session import to_uint8
-from shotstream.train.teacher import Model
+from shotstream.train import processes
+from shotstream.train.model import Model
 
 Sample = Callable[[Model, Batch], Tensor]
 """How a recipe generates: the target latents `b f c h w` of a batch."""
@@ -24,10 +25,11 @@ COLUMNS = 4
 class Sheets:
     """Writes `<out>/sheets/<step>.png`: context (if any) left, generated frames right."""
 
-    def __init__(self, out: Path, vae: PatchVAE, stories: Stories, sample: Sample, kind: str, rows: int = 6) -> None:
+    def __init__(self, out: Path, vae: VAE, stories: Source, sample: Sample, kind: Kind, rows: int = 6) -> None:
         self.folder = out / "sheets"
         self.vae, self.sample = vae, sample
-        self.batch = stories.batch(np.random.default_rng(1), rows, kind)
+        history = 1 if kind == "next" else None  # a rollout's samples have one number of shots before them
+        self.batch = stories.batch(np.random.default_rng(1), rows, kind, history)
 
     @torch.no_grad()
     def write(self, model: Model, step: int) -> None:
@@ -35,6 +37,8 @@ class Sheets:
         with torch.random.fork_rng():
             torch.manual_seed(1)
             latents = self.sample(model, self.batch.to(model.dit.device)).cpu()
+        if not processes.leads():  # a sharded network samples in all processes
+            return
         context = self.batch.latents[:, : self.batch.context : 2]
         rows = [
             np.concatenate([*(self._frames(still[None])[0] for still in past), *self._some(made)], axis=1)

@@ -11,167 +11,123 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shotstream.config import Config
-from shotstream.data.storybook import Batch, Stories
-from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, spread
-from shotstream.models.attention import block_causal_mask
-from shotstream.models.dit import DiT, Text
-from shotstream.models.rope import Rotation, angles, tables
-from shotstream.models.text import Words
-from shotstream.train import run
-from shotstream.train.run import Log, Network, RunConfig, learning_scale
-
-PHASE = 1 / 6  # radian per shot
-CHUNK = 3  # latent frames
+from shotstream.data.batch import Batch, Kind, Source
+from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, grid_loss_weights, guide, spread, training_grid
+from shotstream.train.draws import Draws
+from shotstream.train.model import Model, after
+from shotstream.train.network import Network, network
+from shotstream.train.processes import averaged
+from shotstream.train.run import Job, RunConfig, Sheet
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """What is special to this recipe."""
 
-    kind: str = "next"  # "image", "shot" or "next"
+    kind: Kind = "next"
     first_shots: float = 0.25  # share of "next" batches without context: first shots, and dropped context
     drop_text: float = 0.1
+    tune: str = "all"  # "all", or "attention": self-attention alone, as in the paper from a text-to-video base
     compile: bool = False  # torch.compile each block: faster after a minute
-    sigma_mean: float = 0.6  # sigma = sigmoid(normal(mean, deviation))
+    levels: str = "normal"  # sigma = sigmoid(normal(mean, deviation)), or the released "grid" and its weights
+    sigma_mean: float = 0.6
     sigma_deviation: float = 1.1
     sigma_floor: float = 0.3  # below it an x0 head is not asked for ever finer detail: weight (sigma / floor)^2
     cast_weight: float = 2.0  # extra loss weight of latent cells that the cast covers
     causal: float = 0.0  # share of batches behind the student's block-causal mask: a head start for `train.ode`
 
 
-class Model(nn.Module):
-    """DiT and text encoder, trained together."""
-
-    def __init__(self, dit: DiT, text: Words) -> None:
-        super().__init__()
-        self.dit = dit
-        self.text = text
-
-    def read(self, words: Tensor, index: Tensor) -> Text:
-        return self.dit.read(self.text(words), index)
-
-
-def places(dit: DiT, positions: Tensor, flags: Tensor, shape: torch.Size) -> Rotation:
-    """Rotation tables of a batch whose samples sit at different phases: positions and flags [b f]."""
-    height, width = (n // dit.config.patch for n in shape[-2:])
-    angle = angles(positions, flags * PHASE, height, width, dit.config.head_dim)
-    return tables(angle, dit.device, dit.dtype)
+def shot_sigmas(draws: Draws, count: int, frames: int, cfg: TeacherConfig, config: Config) -> tuple[Tensor, Tensor]:
+    """One noise level per sample, and the weight of its error: both [b f]."""
+    if cfg.levels == "grid":
+        grid = training_grid(config.schedule.shift)
+        entry = draws.integers(len(grid), count)
+        sigma, weight = grid[entry], grid_loss_weights(grid)[entry]
+    else:
+        sigma = torch.sigmoid(draws.normal(cfg.sigma_mean, cfg.sigma_deviation, count))
+        weight = floor_weight(sigma, cfg.sigma_floor)
+    return sigma[:, None].repeat(1, frames), weight[:, None].repeat(1, frames)
 
 
-def shot_sigmas(rng: np.random.Generator, count: int, frames: int, config: TeacherConfig) -> Tensor:
-    """One noise level per sample: [b f]."""
-    normal = rng.normal(config.sigma_mean, config.sigma_deviation, size=count)
-    return torch.sigmoid(torch.tensor(normal, dtype=torch.float32))[:, None].repeat(1, frames)
-
-
-def chunk_sigmas(rng: np.random.Generator, count: int, frames: int, config: TeacherConfig) -> Tensor:
+def chunk_sigmas(draws: Draws, count: int, frames: int, cfg: TeacherConfig, config: Config) -> tuple[Tensor, Tensor]:
     """A noise level per chunk, [b f]; in half of the samples every chunk but the last is clean, as in a rollout."""
-    normal = rng.normal(config.sigma_mean, config.sigma_deviation, size=(count, frames // CHUNK))
-    sigmas = torch.sigmoid(torch.tensor(normal, dtype=torch.float32))
-    sigmas[torch.from_numpy(rng.random(count) < 0.5), :-1] = 0
-    return sigmas.repeat_interleave(CHUNK, dim=1)
+    chunk = config.chunk
+    sigma = torch.sigmoid(draws.normal(cfg.sigma_mean, cfg.sigma_deviation, count, frames // chunk))
+    sigma[draws.uniform(count) < 0.5, :-1] = 0
+    sigma = sigma.repeat_interleave(chunk, dim=1)
+    return sigma, floor_weight(sigma, cfg.sigma_floor)
 
 
-def student_mask(context: int, frames: int, size: torch.Size, dit: DiT) -> Tensor:
-    """The block-causal mask of the student over [context | target chunks], for latents of this height and width."""
-    tags = [0] * context + [1 + i // CHUNK for i in range(frames)]
-    return block_causal_mask(tags, (size[0] // dit.config.patch) * (size[1] // dit.config.patch), dit.device)
+def floor_weight(sigma: Tensor, floor: float) -> Tensor:
+    """(sigma / floor)^2 below the floor, 1 above it; 0 for what is clean."""
+    return (sigma / floor).clamp(max=1).square() if floor else (sigma > 0).float()
 
 
-def drop_text(rng: np.random.Generator, words: Tensor, index: Tensor, share: float) -> Tensor:
-    """Empty all prompts of a sample with probability `share`."""
+def drop_text(draws: Draws, model: Model, words: Tensor, index: Tensor, share: float) -> Tensor:
+    """Give a sample with probability `share` the null text for all of its prompts."""
     words = words.clone()
-    for row in index[torch.from_numpy(rng.random(len(index)) < share).to(index.device)]:
-        words[row.unique()] = 0
+    for row in index[(draws.uniform(len(index)) < share).to(index.device)]:
+        words[row.unique()] = model.null(words)[0]
     return words
 
 
-def loss(model: Model, batch: Batch, rng: np.random.Generator, config: TeacherConfig) -> Tensor:
-    """Mean squared error of the target's velocity; the context stays clean, at timestep 0."""
-    dit, context = model.dit, batch.context
-    clean = batch.latents
-    causal = rng.random() < config.causal
-    draw = chunk_sigmas if causal else shot_sigmas
-    sigma = draw(rng, len(clean), clean.shape[1] - context, config).to(clean.device)
-    sigmas = torch.cat((torch.zeros(len(clean), context, device=clean.device), sigma), dim=1)
-    noise = torch.randn_like(clean)
-    noisy = add_noise(clean, noise, sigmas)
-    text = model.read(drop_text(rng, batch.words, batch.index, config.drop_text), batch.index)
-    where = places(dit, batch.positions, batch.flags, clean.shape)
-    mask = student_mask(context, sigma.shape[1], clean.shape[-2:], dit) if causal else None
-    velocity = dit(noisy, sigmas * TIMESTEPS, text, where, mask=mask)
+def loss(model: Model, batch: Batch, draws: Draws, cfg: TeacherConfig) -> Tensor:
+    """Mean squared error of the target's velocity; the context stays clean."""
+    context, clean = batch.context, batch.latents
+    causal = draws.rng.random() < cfg.causal
+    levels = chunk_sigmas if causal else shot_sigmas
+    sigma, weight = (t.to(clean.device) for t in levels(draws, len(clean), clean.shape[1] - context, cfg, model.config))
+    noise = draws.noise(tuple(clean.shape), clean.device)
+    noisy = add_noise(clean, noise, after(context, sigma))
+    timesteps = after(context, sigma) * TIMESTEPS if causal else model.timesteps(sigma, context)
+    text = model.read(drop_text(draws, model, batch.words, batch.index, cfg.drop_text), batch.index)
+    mask = model.mask(context, clean) if causal else None
+    velocity = model.dit(noisy, timesteps, text, model.places(batch), mask=mask)
     error = (velocity - (noise - clean))[:, context:].float().square().mean(2)
-    weight = 1 + config.cast_weight * (batch.coverage > 0)
-    fine = (sigma / config.sigma_floor).clamp(max=1).square()[:, :, None, None]
-    return (error * weight * fine).sum() / (weight * (fine > 0)).sum()
+    cast = 1 + cfg.cast_weight * (batch.coverage > 0)
+    weight = weight[:, :, None, None]
+    return (error * cast * weight).sum() / averaged((cast * (weight > 0)).sum())
 
 
 def train(
-    model: Config,
-    cfg: TeacherConfig,
-    runs: RunConfig,
-    stories: Stories,
-    masters: Model,
-    sheet: run.Sheet | None = None,
+    model: Config, cfg: TeacherConfig, runs: RunConfig, stories: Source, masters: Model, sheet: Sheet | None = None
 ) -> Network[Model]:
     """Train until `runs.steps`; resumes from `runs.out` if it holds a checkpoint."""
-    rank, _ = run.start_processes()
-    out = Path(runs.out)
-    rng = run.seed_everything(runs.seed, rank)
-    log = Log(out, enabled=rank == 0)
-    network = Network(masters, runs)
-    step = 0
-    if state := run.resume(out / "checkpoint.pt"):
-        network.load_state_dict(state["network"])
-        run.restore_random_state(rng, state["random"], rank)
-        step = state["step"]
-    run.write_config(out, model=model, recipe=cfg, run=runs)
+    masters.tune(cfg.tune)
+    trained = network(masters, runs)
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 64  # one per block and kind of batch
-        for block in network.compute.dit.layers():
+        for block in trained.compute.dit.layers():
             block.compile(dynamic=False)
-    pace = run.Pace(runs)
-    while step < runs.steps:
+    job = Job(runs, {"network": trained}, sheet, model=model, recipe=cfg)
+    for draws in job.steps():
         kind = cfg.kind
-        if kind == "next" and rng.random() < cfg.first_shots:
+        if kind == "next" and draws.rng.random() < cfg.first_shots:
             kind = "shot"
-        batch = stories.batch(rng, runs.batch, kind).to(runs.device)
-        value = loss(network.compute, batch, rng, cfg)
+        batch = stories.batch(draws.rng, runs.batch, kind, share=draws.share).to(runs.device)
+        value = loss(trained.compute, batch, draws, cfg)
         value.backward()
-        norm = network.step(learning_scale(step, runs))
-        step += 1
-        pace.add(value.item(), f"loss_{kind}")
-        if step % runs.log_every == 0:
-            log.write(step=step, norm=norm, **pace.read(step))
-        if rank == 0 and sheet and step % runs.sheet_every == 0:
-            sheet(network.ema, step)
-        if rank == 0 and (pace.save_due() or step == runs.steps):
-            run.save(
-                out / "checkpoint.pt",
-                {"network": network.state_dict(), "random": run.random_state(rng), "step": step},
-            )
-    return network
+        job.tell(**{f"loss_{kind}": value}, norm=trained.step(job.scale))
+    return trained
 
 
 @torch.no_grad()
 def trajectory(model: Model, batch: Batch, sigmas: Tensor, guidance: float) -> Iterator[Tensor]:
     """The target latents of `batch` at each of `sigmas`, noise first: Euler steps with guidance, the context clean."""
     dit, context = model.dit, batch.context
-    where = places(dit, batch.positions, batch.flags, batch.latents.shape)
+    where = model.places(batch)
     text = model.read(batch.words, batch.index)
-    null = model.read(torch.zeros_like(batch.words[:1]), torch.zeros_like(batch.index))
+    null = model.read(model.null(batch.words), torch.zeros_like(batch.index))
     x = torch.cat((batch.latents[:, :context], torch.randn_like(batch.latents[:, context:])), dim=1)
     yield x[:, context:]
     for sigma, following in pairwise(sigmas):
-        timesteps = torch.full(x.shape[:2], float(sigma) * TIMESTEPS, device=x.device)
-        timesteps[:, :context] = 0
+        level = torch.full((len(x), x.shape[1] - context), float(sigma), device=x.device)
+        timesteps = model.timesteps(level, context)
         velocity = guide(dit(x, timesteps, text, where), dit(x, timesteps, null, where), guidance).float()
         move = spread((following - sigma).to(x.device).expand(x.shape[:2]).clone(), x)
         move[:, :context] = 0

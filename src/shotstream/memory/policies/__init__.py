@@ -9,21 +9,7 @@ from shotstream.memory.policies.pinned_sink import PinnedSink
 from shotstream.memory.policies.reward_forcing import RewardForcing
 from shotstream.memory.policies.rolling_forcing import RollingForcing
 from shotstream.memory.policies.rolling_sink import RollingSink
-
-POLICIES: dict[str, MemoryPolicy] = {
-    "dual-buffer": DualBuffer(),  # ShotStream
-    "self-forcing": MemoryPolicy(restart=True),  # as released: 21 latent frames, so every shot by itself
-    "self-forcing-window": MemoryPolicy(window=21),  # one endless take; new text is swapped in
-    "causvid": CausVid(),
-    "longlive": LongLive(),
-    "longlive-infinity": LongLiveInfinity(),
-    "infinite-forcing": Slots(window=9, sink=1),
-    "reward-forcing": RewardForcing(),
-    "infinity-rope": InfinityRope(),
-    "rolling-sink": RollingSink(),
-    "rolling-forcing": RollingForcing(),  # with the joint schedule
-    "pinned-sink": PinnedSink(),  # chunks of 8 latent frames
-}
+from shotstream.memory.policies.systems import POLICIES, PolicyError, choose, named, rehearse
 
 __all__ = [
     "POLICIES",
@@ -34,9 +20,13 @@ __all__ = [
     "LongLiveInfinity",
     "MemoryPolicy",
     "PinnedSink",
+    "PolicyError",
     "RewardForcing",
     "RollingForcing",
     "RollingSink",
     "Slots",
+    "choose",
     "context_picks",
+    "named",
+    "rehearse",
 ]

@@ -22,13 +22,14 @@ class DualBuffer(MemoryPolicy):
     turn: float = 1 / 6  # phase per shot, radian; 0 = off
     remainder: Remainder = "spread"  # who gets what `budget` leaves over when divided by the finished shots
     first_shot: Literal["zeros", "empty"] = "zeros"  # context of a story's first shot: zero latents, or none
+    pins: tuple[tuple[int, int], ...] = ()  # (shot, picture) that must be context of the next shot; ours
 
     def boundary(
         self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]
     ) -> Boundary:
         if not cut:  # a new text inside a shot: later chunks read it, nothing is computed again
             return Boundary(memory)
-        picks = context_picks(shots, self.budget, self.remainder)
+        picks = self.picks(shots)
         if not shots and self.first_shot == "zeros":
             picks = ((0, -1),) * self.budget
         return Boundary((), tuple(Frame(i, s, p, prompt=s, role="context") for i, (s, p) in enumerate(picks)))
@@ -38,16 +39,38 @@ class DualBuffer(MemoryPolicy):
         return Change(context + super().fit(memory[len(context) :], new).memory)
 
     def plan(self, call: Call) -> Plan:
-        context = [frame for frame in call.memory if frame.role == "context"]
+        context = [frame for frame in call.readable if frame.role == "context"]
+        # The release counts on from the last context frame: zeros (shot 0) give the first shot flag 1.
+        flag = context[-1].shot + 1 if context else call.new[0].shot
 
         def place(frame: Frame) -> Place:
-            if frame.role == "context":
-                return Place(frame, frame.index, self.phase(frame.shot))
-            # The release counts on from the last context frame: zeros (shot 0) give the first shot flag 1.
-            flag = context[-1].shot + 1 if context else frame.shot
+            if frame.role == "context":  # the rule never reaches back further than `budget` shots, but a pin may
+                return Place(frame, frame.index, self.phase(max(frame.shot, flag - self.budget)))
             return Place(frame, self.budget + frame.offset, self.phase(flag))
 
         return Plan(tuple(map(place, call.new)), tuple(map(place, call.readable)))
+
+    def picks(self, shots: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The context of the next shot as (shot, picture), in order: the pins, and the rule's choice for the rest.
+
+        The newest shot always gives one: the next shot's phase counts from it. Raises ValueError for pins that leave
+        no room for that, or name no finished shot's picture.
+        """
+        pins = tuple(sorted(set(self.pins)))
+        if not pins:
+            return context_picks(shots, self.budget, self.remainder)
+        newest, free = len(shots) - 1, self.budget - len(pins)
+        for shot, picture in pins:
+            if not 0 <= shot <= newest or not 0 <= picture < shots[shot]:
+                raise ValueError(f"picture {picture} of shot {shot} is pinned, which no finished shot has; unpin it")
+        if free < 0 or (free == 0 and pins[-1][0] != newest):
+            room = f"at most {self.budget - 1}, or {self.budget} with one of the newest shot"
+            raise ValueError(f"{len(pins)} frames are pinned; pin {room}")
+        rule = context_picks(shots, free, self.remainder) if free else ()
+        # What the rule picks too is replaced by what it would pick without pins, newest first.
+        spare = [pick for pick in reversed(context_picks(shots, self.budget, self.remainder)) if pick not in rule]
+        fill = [pick for pick in (*rule, *spare) if pick not in pins]
+        return tuple(sorted((*pins, *fill[:free])))
 
     def phase(self, flag: int) -> float:
         """The phase of shot `flag` in radian: a float32 product, as in the release."""

@@ -1,0 +1,235 @@
+/**
+ * What the page knows: the server's document, kept up to date by events; the drafts of whoever is typing; and what is
+ * selected. Views read it; it tells them when something changed. It holds no truth of its own but the drafts.
+ */
+
+const HISTORY = 60;
+
+export class Store {
+  #listeners = new Set();
+  #scheduled = false;
+  #names = new Map();
+
+  constructor() {
+    this.forget();
+    /** Kept over sessions: what the browser lets us keep. */
+    this.settings = { keys: true, theme: "auto", ...read(localStorage, "shotstream") };
+  }
+
+  /** Leave a session: nothing of it may show in the next. */
+  forget() {
+    Object.assign(this, {
+      document: null,
+      connection: { state: "connecting" },
+      selected: null, // a shot that somebody chose
+      onScreen: null,
+      editing: null,
+      notice: null,
+      loading: null,
+      jobs: {},
+      memory: {},
+      pictures: {},
+      stats: { chunks: [], latencies: [], sent: new Map(), applied: new Map(), seen: new Map() },
+      drafts: {},
+    });
+  }
+
+  subscribe(listener) {
+    this.#listeners.add(listener);
+  }
+
+  /** Change something and let every view show it, once per frame of the screen. */
+  set(changes) {
+    Object.assign(this, changes);
+    this.changed();
+  }
+
+  changed() {
+    if (this.#scheduled) return;
+    this.#scheduled = true;
+    // A hidden tab gets no animation frames, and should not work through hours of them when it comes back.
+    const soon = document.hidden ? (run) => setTimeout(run, 250) : requestAnimationFrame;
+    soon(() => {
+      this.#scheduled = false;
+      for (const listener of this.#listeners) listener(this);
+    });
+  }
+
+  // ---- the document
+
+  open(document) {
+    this.document = document;
+    this.drafts = read(sessionStorage, this.#place()) ?? {};
+    this.changed();
+  }
+
+  /** Take in an event of the server. Returns what to say aloud, if anything. */
+  receive(event) {
+    const said = RECEIVE[event.type]?.call(this, event);
+    this.changed();
+    return said;
+  }
+
+  get shots() {
+    return this.document?.shots ?? [];
+  }
+
+  shot(id) {
+    return this.shots.find((shot) => shot.id === id) ?? null;
+  }
+
+  /** The number that a shot has in the story, also when it is on another branch: then where it last was. */
+  number(id) {
+    for (const shot of this.shots) this.#names.set(shot.id, shot.number);
+    return this.#names.get(id) ?? "?";
+  }
+
+  /** The shot that is looked at: the one chosen, else the one on the screen. */
+  get current() {
+    return this.shot(this.selected) ?? this.shot(this.onScreen) ?? this.running ?? this.shots[0] ?? null;
+  }
+
+  take(id) {
+    return this.document?.takes[id] ?? null;
+  }
+
+  /** Every take of a shot, on any branch, oldest first. */
+  takes(shot) {
+    const all = Object.values(this.document?.takes ?? {}).filter((take) => take.shot === shot);
+    return all.sort((a, b) => String(a.created).localeCompare(String(b.created)));
+  }
+
+  get running() {
+    return this.shots.find((shot) => shot.state === "running") ?? null;
+  }
+
+  get waiting() {
+    return this.shots.filter((shot) => shot.state === "planned" || shot.state === "queued");
+  }
+
+  /** Seconds until a shot added now would begin: what is left to make, at the pace of the last chunks. */
+  get wait() {
+    if (!this.document) return 0;
+    const queue = this.waiting.reduce((chunks, shot) => chunks + shot.chunks, 0);
+    const running = this.running?.progress;
+    return (queue + (running ? running.chunks - running.chunk : 0)) * this.pace;
+  }
+
+  /** Seconds that a chunk takes, lately. Before the first one: as long as it plays. */
+  get pace() {
+    const chunks = this.stats.chunks.slice(-6);
+    const { fps, chunk_frames: frames } = this.document.model;
+    if (!chunks.length) return frames.at(-1) / fps;
+    return chunks.reduce((sum, chunk) => sum + chunk.seconds, 0) / chunks.length;
+  }
+
+  // ---- prompt to pixel
+
+  /** A command was sent at `at`; its answer may come later than the news that it was carried out. */
+  sent(command, at) {
+    this.stats.sent.set(command, at);
+    this.#measure();
+  }
+
+  /** The server made the first picture that answers a command. */
+  applied({ command, shot, prompt_to_frame_ms: server }) {
+    this.stats.applied.set(command, { shot, server: server / 1000 });
+    this.#measure();
+  }
+
+  /** A shot's first frame is on the screen. */
+  seen(shot) {
+    this.stats.seen.set(shot, performance.now());
+    this.#measure();
+  }
+
+  /** Prompt to pixel: from sending words to their first picture here. */
+  #measure() {
+    const { sent, applied, seen } = this.stats;
+    for (const [command, { shot, server }] of applied) {
+      const [from, to] = [sent.get(command), seen.get(shot)];
+      if (!(to > from)) continue;
+      this.stats.latencies = [...this.stats.latencies, { shot, server, seconds: (to - from) / 1000 }].slice(-HISTORY);
+      applied.delete(command);
+      sent.delete(command);
+    }
+    this.changed();
+  }
+
+  // ---- drafts: words that were typed and not sent. They outlive a reload and a lost server.
+
+  draft(name) {
+    return this.drafts[name];
+  }
+
+  write(name, value) {
+    if (value == null) delete this.drafts[name];
+    else this.drafts[name] = value;
+    keep(sessionStorage, this.#place(), this.drafts);
+    this.changed();
+  }
+
+  choose(settings) {
+    Object.assign(this.settings, settings);
+    keep(localStorage, "shotstream", this.settings);
+    this.changed();
+  }
+
+  #place() {
+    return `shotstream ${this.document.id}`;
+  }
+}
+
+const RECEIVE = {
+  document({ n, rev, type, ...changes }) {
+    // Takes never change, and an event may carry only the new ones.
+    const takes = { ...this.document?.takes, ...changes.takes };
+    this.document = { ...this.document, ...changes, takes };
+    if (this.selected && !this.shot(this.selected)) this.selected = null;
+    if (this.document.status !== "loading") this.loading = null;
+  },
+  shot_started({ shot, context }) {
+    this.stats.context = { shot, frames: context };
+    return `Shot ${this.number(shot)} started`;
+  },
+  chunk(event) {
+    const seconds = (event.compute_ms + event.decode_ms + event.encode_ms) / 1000;
+    this.stats.chunks = [...this.stats.chunks, { ...event, seconds }].slice(-HISTORY);
+  },
+  shot_done({ shot }) {
+    return `Shot ${this.number(shot)} done`;
+  },
+  shot_failed({ shot, message }) {
+    return `Shot ${this.number(shot)} failed. ${message}`;
+  },
+  shot_stopped({ shot }) {
+    return `Shot ${this.number(shot)} stopped`;
+  },
+  applied(event) {
+    this.applied(event);
+  },
+  progress(event) {
+    if (event.job === "model") this.loading = event;
+    else this.jobs[event.job] = event;
+  },
+  error({ message, remedy }) {
+    this.notice = { tone: "bad", text: [message, remedy].filter(Boolean).join(" ") };
+    return message;
+  },
+};
+
+function read(storage, key) {
+  try {
+    return JSON.parse(storage.getItem(key));
+  } catch {
+    return null; // a browser may forbid storage, or somebody else wrote there
+  }
+}
+
+function keep(storage, key, value) {
+  try {
+    storage.setItem(key, JSON.stringify(value));
+  } catch {
+    // full or forbidden: the words still live in this page
+  }
+}

@@ -1,0 +1,311 @@
+"""A request becoming a take: the one path from words to chunks of frames, for session, server and film alike.
+
+    maker = Maker(pipeline)
+    for chunk in maker.make(request, shelf):          # a `shotstream.project.Request`
+        show(chunk.frames)
+    shelf.keep(request.take, latents, chunk.stills)   # those of all chunks; the last one brings the stills
+
+A *shelf* holds the latents of takes: in a project's folder, so that any process can go on from there, or in memory.
+The past reaches a shot as stills, frames of earlier takes encoded one by one, from floats: a story made on from 8-bit
+pictures would drift with every remake. Stills that the rule can ever pick are kept with the take; others, which only
+pins ask for, are decoded and encoded again, to the same bits, for decoding in pieces is exact.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from shotstream.folder import ProjectError, write
+from shotstream.memory.plan import Frame, MemoryPolicy
+from shotstream.memory.policies import DualBuffer, choose
+from shotstream.memory.policies.dual_buffer import evenly_spaced
+from shotstream.models.dit import Text
+from shotstream.models.text import Words
+from shotstream.pipeline import Pipeline
+from shotstream.project import Model, Request, after
+from shotstream.rollout import Prompts, Roll, SeededNoise, Stills, new_memory
+
+KEPT = 16  # takes whose latents a shelf in memory holds
+STEERED = 1_000_000  # numbers of prompts inside a shot begin here; no shot has them
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A shot as it is generated: its place in the story, its words, its seed and length (in chunks)."""
+
+    index: int
+    id: str
+    caption: str
+    global_caption: str
+    seed: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Finished frames of a shot."""
+
+    frames: np.ndarray  # uint8 [t h w 3]
+    latents: Tensor  # f c h w
+    shot: Shot
+    index: int  # in the shot
+    chunks: int  # of the shot
+    is_last: bool
+    timings: dict[str, float]  # seconds: "denoise" and "decode"
+    take: str = ""
+    stills: Mapping[int, Tensor] = field(default_factory=dict)  # with the last chunk: by frame of the shot, c h w
+
+
+class Shelf(Protocol):
+    """Where takes' latents are. Raises ProjectError for what is not there, OSError for what cannot be kept."""
+
+    def latents(self, take: str) -> Tensor:
+        """f c h w."""
+        ...
+
+    def still(self, take: str, frame: int) -> Tensor | None:
+        """c h w, or None if it was not kept."""
+        ...
+
+    def keep(self, take: str, latents: Tensor, stills: Mapping[int, Tensor]) -> None: ...
+
+
+class MemoryShelf:
+    """The newest takes only, so that a long story does not grow."""
+
+    def __init__(self, limit: int = KEPT) -> None:
+        self.limit = limit
+        self.takes: OrderedDict[str, tuple[Tensor, Mapping[int, Tensor]]] = OrderedDict()
+
+    def latents(self, take: str) -> Tensor:
+        return self._take(take)[0]
+
+    def still(self, take: str, frame: int) -> Tensor | None:
+        return self._take(take)[1].get(frame)
+
+    def keep(self, take: str, latents: Tensor, stills: Mapping[int, Tensor]) -> None:
+        self.takes[take] = latents, stills
+        self.takes.move_to_end(take)
+        while len(self.takes) > self.limit:
+            self.takes.popitem(last=False)
+
+    def _take(self, take: str) -> tuple[Tensor, Mapping[int, Tensor]]:
+        if take not in self.takes:
+            raise ProjectError(
+                f"take {take} is not in memory: a session without a project keeps the last {self.limit}; give it one"
+            )
+        return self.takes[take]
+
+
+class FolderShelf:
+    """`latents.safetensors` in the folders of takes: "latents", and "still.<frame>" for each still."""
+
+    def __init__(self, takes: Path) -> None:
+        self.takes = takes
+
+    def latents(self, take: str) -> Tensor:
+        latents = self._read(take, "latents")
+        assert latents is not None
+        return latents
+
+    def still(self, take: str, frame: int) -> Tensor | None:
+        return self._read(take, f"still.{frame}")
+
+    def keep(self, take: str, latents: Tensor, stills: Mapping[int, Tensor]) -> None:
+        write(self._path(take), packed(latents, stills))
+
+    def _path(self, take: str) -> Path:
+        return self.takes / take / "latents.safetensors"
+
+    def _read(self, take: str, name: str) -> Tensor | None:
+        path = self._path(take)
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            remedy = f"delete {path.parent}, and its shot is made again"
+            raise ProjectError(f"{path}: cannot be read ({reason}); {remedy}") from None
+
+
+def packed(latents: Tensor, stills: Mapping[int, Tensor]) -> bytes:
+    """The content of `latents.safetensors`."""
+    tensors = {"latents": latents, **{f"still.{frame}": still for frame, still in stills.items()}}
+    return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def model_of(pipeline: Pipeline) -> Model:
+    """What a `Project` must know of a loaded model."""
+    words = pipeline.text.vocabulary if isinstance(pipeline.text, Words) else None
+    return Model(pipeline.config, pipeline.revision, words)
+
+
+def shot_of(request: Request) -> Shot:
+    """What a request says of its shot."""
+    return Shot(request.number, request.shot, request.caption, request.global_caption, request.seed, request.chunks)
+
+
+def candidates(pictures: int, budget: int) -> set[int]:
+    """Frames that the context rule can ever pick from a shot of `pictures` frames."""
+    return {frame for count in range(1, budget + 1) for frame in evenly_spaced(pictures, count)}
+
+
+class Maker:
+    """Makes takes on one model. Same request: the same latents, on any maker, whatever else it makes in between.
+
+    policy: instead of the model's; a name or an object (`memory.policies.choose`). With `DualBuffer` a request and the
+    stills it names say everything. Other policies carry keys and values over cuts: the takes before are passed through
+    the network once more, unless the newest of them is what this maker finished last.
+    """
+
+    def __init__(self, pipeline: Pipeline, policy: str | MemoryPolicy | None = None) -> None:
+        self.pipeline = pipeline
+        self.policy, self.schedule = choose(policy, pipeline.config)
+        self._texts: OrderedDict[str, Text] = OrderedDict()  # the prompts read last
+        self._open: tuple[str, Roll] | None = None  # a roll that has gone through all takes of this past
+
+    @torch.no_grad()
+    def make(self, request: Request, shelf: Shelf) -> Generator[Chunk, str | None, None]:
+        """Make a take chunk by chunk. May be closed at any chunk; the take can be made again then.
+
+        Experimental: a prompt sent in (`send`) is what the shot reads from the next chunk on.
+        """
+        vae, wanted = self.pipeline.vae, self._wanted(request.frames)
+        state, first, stills = None, 0, dict[int, Tensor]()
+        began = time.perf_counter()
+        roll = self._roll(request, shelf)
+        noise = SeededNoise(request.seed, request.number)
+        for index, latents in enumerate(
+            roll.shot(request.number, request.chunks, noise, self._context(request, shelf))
+        ):
+            denoised = time.perf_counter()
+            frames, state = vae.decode(latents, state)
+            frames = frames[0].float().clamp(-1, 1)
+            kept = {frame: frames[frame - first] for frame in range(first, first + len(frames)) if frame in wanted}
+            first += len(frames)
+            if is_last := index + 1 == request.chunks:
+                stills |= self._encoded(kept)
+                self._open = after(request.past, request.take), roll
+            done = time.perf_counter()
+            prompt = yield Chunk(
+                frames=to_uint8(frames),
+                latents=latents[0],
+                shot=shot_of(request),
+                index=index,
+                chunks=request.chunks,
+                is_last=is_last,
+                timings={"denoise": denoised - began, "decode": done - denoised},
+                take=request.take,
+                stills=stills if is_last else {},
+            )
+            began = time.perf_counter()
+            if not is_last:
+                stills |= self._encoded(kept)  # not before: the chunk is on its way by now
+            if prompt is not None:
+                roll.steer(STEERED + index + 1, self.pipeline.text.encode([prompt]))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """The frames of a take, `t c h w` floats, chunk by chunk: those it was made with, bit for bit."""
+        state = None
+        for piece in latents[None].to(self._device).split(self.policy.chunk, dim=1):
+            frames, state = self.pipeline.vae.decode(piece, state)
+            yield frames[0].float().clamp(-1, 1)
+
+    def picture(self, shelf: Shelf, take: str, frame: int) -> Tensor:
+        """One frame of a take, `c h w` floats."""
+        first = 0
+        for frames in self.decode(shelf.latents(take)):
+            if frame < first + len(frames):
+                return frames[frame - first]
+            first += len(frames)
+        raise IndexError(f"take {take} has {first} frames; there is no frame {frame}")
+
+    @torch.no_grad()
+    def stills(self, frames: Tensor) -> dict[int, Tensor]:
+        """The stills to keep of a clip, `t c h w` floats, that was not made here."""
+        return self._encoded({frame: frames[frame] for frame in self._wanted(len(frames))})
+
+    # Inside
+
+    @property
+    def _device(self) -> torch.device:
+        return self.pipeline.dit.device
+
+    def _wanted(self, frames: int) -> set[int]:
+        return candidates(frames, self.policy.budget) if isinstance(self.policy, DualBuffer) else set()
+
+    def _encoded(self, pictures: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Each picture alone: together, their bits could depend on the company."""
+        return {frame: self.pipeline.vae.context_latents(picture[None])[0] for frame, picture in pictures.items()}
+
+    def _still(self, shelf: Shelf, take: str, frame: int) -> Tensor:
+        kept = shelf.still(take, frame)
+        return self._encoded({frame: self.picture(shelf, take, frame)})[frame] if kept is None else kept
+
+    def _context(self, request: Request, shelf: Shelf) -> Stills:
+        """What the roll asks for: the stills it names, `1 f c h w`; zeros where the offset is -1."""
+
+        def still(frame: Frame) -> Tensor:
+            if frame.offset < 0:
+                return torch.zeros(self.pipeline.config.latent_shape, device=self._device)
+            return self._still(shelf, request.line[frame.shot], frame.offset).to(self._device)
+
+        return lambda frames: torch.stack([still(frame) for frame in frames])[None]
+
+    def _roll(self, request: Request, shelf: Shelf) -> Roll:
+        """A roll that has gone through all takes before this one, as far as the policy cares, and knows the words."""
+        if isinstance(self.policy, DualBuffer):
+            roll = self._new_roll(replace(self.policy, pins=request.pins))
+            numbers = sorted({request.line.index(still.take) for still in request.context if still.take})
+            roll.prompts.known = {i: self._text(request.prompts[i]) for i in numbers}
+        else:
+            opened, self._open = self._open, None
+            roll = opened[1] if opened and opened[0] == request.past else self._replayed(request, shelf)
+            roll.prompts.known = {}
+        roll.memory.shots = request.lengths
+        roll.prompts.known[request.number] = self._text(request.prompt)
+        return roll
+
+    def _replayed(self, request: Request, shelf: Shelf) -> Roll:
+        roll, context = self._new_roll(self.policy), self._context(request, shelf)
+        for i, take in enumerate(request.line):
+            roll.prompts.known = {i: self._text(request.prompts[i])}
+            roll.memory.shots = request.lengths[:i]
+            for chunk, prompt in request.steered[i]:
+                roll.prompts.add(STEERED + chunk, self.pipeline.text.encode([prompt]))
+            steered = {chunk: STEERED + chunk for chunk, _ in request.steered[i]}
+            roll.replay(i, shelf.latents(take)[None], context, steered)
+        return roll
+
+    def _new_roll(self, policy: MemoryPolicy) -> Roll:
+        dit, shape = self.pipeline.dit, self.pipeline.config.latent_shape
+        return Roll(dit, policy, self.schedule, new_memory(dit, shape), Prompts(dit), shape)
+
+    def _text(self, prompt: str) -> Text:
+        """What the network reads of a prompt; the last few are kept, for context shots are asked for again."""
+        if prompt not in self._texts:
+            prompts = Prompts(self.pipeline.dit)
+            prompts.add(0, self.pipeline.text.encode([prompt]))
+            self._texts[prompt] = prompts.known[0]
+        self._texts.move_to_end(prompt)
+        limit = self.policy.budget + 1 if isinstance(self.policy, DualBuffer) else 1
+        while len(self._texts) > limit:
+            self._texts.popitem(last=False)
+        return self._texts[prompt]
+
+
+def to_uint8(frames: Tensor) -> np.ndarray:
+    """float `t c h w` in [-1, 1] -> uint8 [t h w 3], rounded (the release truncates, half a level darker)."""
+    return ((frames + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

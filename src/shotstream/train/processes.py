@@ -1,0 +1,86 @@
+"""The processes that `torchrun` started, or this one alone; what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shotstream.data.batch import WHOLE, Share
+
+
+def start(device: str = "cpu", backend: str = "") -> Share:
+    """Join the processes that `torchrun` started and say which part of the work is this one's.
+
+    `backend`: of torch.distributed; default gloo on the CPU, and nccl on CUDA with gloo for what stays on the CPU.
+    """
+    if "RANK" not in os.environ:
+        return WHOLE
+    if not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend or ("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"))
+    return share()
+
+
+def share() -> Share:
+    """This process's part of every batch."""
+    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
+
+
+def leads() -> bool:
+    """Whether this is the process that writes files and talks."""
+    return share().rank == 0
+
+
+def mesh(device: str) -> DeviceMesh:
+    """All processes in a row. Raises ValueError without `torchrun`."""
+    if not dist.is_initialized():
+        raise ValueError(
+            "runs.shard=true needs processes: torchrun --nproc-per-node N --no-python shotstream train ..."
+        )
+    return init_device_mesh(device, (dist.get_world_size(),))
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace every tensor by its mean over the processes, as one flat message."""
+    if not dist.is_initialized():
+        return
+    parts = list(tensors)
+    flat = torch.cat([t.flatten() for t in parts])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def averaged(value: Tensor) -> Tensor:
+    """The mean of a number over the processes, without gradient: the divisor of a mean over the whole batch."""
+    value = value.detach().clone()
+    average([value])
+    return value
+
+
+def joined(part: Tensor) -> Tensor:
+    """The shares of all processes, one after the other along the first axis."""
+    if not dist.is_initialized():
+        return part
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
+
+
+def meet() -> None:
+    """Wait for the others."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def stop() -> None:
+    """Leave the others in good order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
