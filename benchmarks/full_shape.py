@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -200,10 +199,10 @@ def _widened(dit: DiT) -> DiT:
 
 def peak(device: torch.device) -> dict[str, float]:
     """The most memory that was held so far, in GB."""
+    found = {"peak_gb": round(footprint.peak_memory(str(device)) / 1e9, 3)}
     if device.type == "cuda":
-        held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"allocated_gb": round(held / 1e9, 3), "reserved_gb": round(reserved / 1e9, 3)}
-    return {"resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)}
+        found["reserved_gb"] = round(torch.cuda.max_memory_reserved(device) / 1e9, 3)
+    return found
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     python -m benchmarks.ratios --model storybook --chunks 7 --shots 5 [--rounds 3] [--out FILE.json]
 
 Both tell the same story in one process, in turns A-B-B-A, with the same weights and the same attention kernel. On a CPU
-the clock counts what this process computed, on one thread, and the fastest round stands: other programs only ever add.
+the clock counts what this process computed, on one thread, and of every shot the fastest telling stands: other programs
+only ever add.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from shotstream.session import Session
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one telling of a story."""
+    """Seconds of a story."""
 
     whole: float  # all shots after the first
     first_frame: float  # of the story
@@ -39,40 +40,47 @@ class Times:
         return {name: round(vars(other)[name] / ours, 3) for name, ours in vars(self).items()}
 
 
-def fast(pipeline: Pipeline, clock: Clock, shots: int, chunks: int) -> Times:
+Telling = list[tuple[float, float]]
+"""Per shot: seconds from its caption to its first frames, and to its end."""
+
+
+def fast(pipeline: Pipeline, clock: Clock, shots: int, chunks: int) -> Telling:
     """A story told by a `Session`."""
-    session, firsts, whole = Session(pipeline, seed=3), list[float](), 0.0
-    for number, caption in enumerate(captions(shots)):
+    session, told = Session(pipeline, seed=3), Telling()
+    for caption in captions(shots):
         begun = clock.settled()
         session.cut(caption, chunks=chunks)
-        for chunk in session.stream():
-            if chunk.index == 0:
-                firsts.append(clock.settled() - begun)
-        whole += clock.settled() - begun if number else 0.0
-    return Times(whole, firsts[0], median(firsts[1:]))
+        ends = [clock.settled() - begun for _ in session.stream()]
+        told.append((ends[0], clock.settled() - begun))
+    return told
 
 
-def naive(pipeline: Pipeline, clock: Clock, shots: int, chunks: int) -> Times:
+def naive(pipeline: Pipeline, clock: Clock, shots: int, chunks: int) -> Telling:
     """The same story told the released way: a shot is seen when all of it is there."""
-    session, taken = NaiveSession(pipeline, seed=3), list[float]()
+    session, told = NaiveSession(pipeline, seed=3), Telling()
     for caption in captions(shots):
         begun = clock.settled()
         session.shot(caption, chunks)
-        taken.append(clock.settled() - begun)
-    return Times(sum(taken[1:]), taken[0], median(taken[1:]))
+        told.append((clock.settled() - begun,) * 2)
+    return told
 
 
 def compare(pipeline: Pipeline, clock: Clock, shots: int, chunks: int, rounds: int) -> tuple[Times, Times]:
-    """The best times of both ways, fast then naive, after one warm telling of each."""
-    ways: tuple[Callable[..., Times], ...] = (fast, naive)
+    """Times of both ways, fast then naive, after one warm shot of each; of every shot the fastest telling counts."""
+    ways = (fast, naive)
     for way in ways:
         way(pipeline, clock, 2, chunks)
-    found: dict[Callable[..., Times], list[Times]] = {way: [] for way in ways}
+    found: dict[Callable[..., Telling], list[Telling]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way in (*ways, *ways[::-1]):
             found[way].append(way(pipeline, clock, shots, chunks))
-    best = [Times(*map(min, zip(*(vars(one).values() for one in found[way]), strict=True))) for way in ways]
-    return best[0], best[1]
+    return _best(found[fast]), _best(found[naive])
+
+
+def _best(tellings: list[Telling]) -> Times:
+    shots = list(zip(*tellings, strict=True))  # all tellings of each shot
+    firsts, wholes = ([min(told[part] for told in shot) for shot in shots] for part in range(2))
+    return Times(sum(wholes[1:]), firsts[0], median(firsts[1:]))
 
 
 def stages(pipeline: Pipeline, clock: Clock, chunks: int) -> dict[str, float]:

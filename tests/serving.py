@@ -66,7 +66,7 @@ class Server:
         if captions:
             shots = [{"caption": caption} for caption in captions]
             fields = {"story": {"shots": shots, "defaults": {"chunks": 1}}, **fields}
-        answer = self.http.post("/api/v1/sessions", json=fields)
+        (answer,) = wait_for(lambda: _unless_unready(self.http.post("/api/v1/sessions", json=fields)))
         assert answer.status_code == 201, answer.text
         return Session(self, answer.json()["id"])
 
@@ -90,7 +90,10 @@ class Session:
         return self.server.http.post(self.path + path, json=body)
 
     def document(self) -> dict[str, Any]:
-        return self.get().json()
+        """The whole document, as soon as the model is there."""
+        (answer,) = wait_for(lambda: _unless_unready(self.get()), seconds=3 * PATIENCE)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
 
     def do(self, op: str, **fields: Any) -> dict[str, Any]:
         answer = self.post("/commands", {"op": op, **fields})
@@ -112,6 +115,10 @@ class Session:
         socket = self.server.socket(self.path + "/media?as=ws", max_size=None)
         socket.send(json.dumps({"types": ['video/mp4; codecs="avc1.42E01F"'] if types is None else types}))
         return socket
+
+
+def _unless_unready(answer: httpx.Response) -> list[httpx.Response]:
+    return [] if answer.status_code == 503 else [answer]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:

@@ -138,7 +138,7 @@ def test_what_is_wrong_has_a_type_and_one_line(folder, arguments, options, error
 def test_a_story_the_model_cannot_make_is_a_story_error(tiny):
     with pytest.raises(StoryError, match=r"mine: size: tiny makes \[96, 64\], not \[64, 64\]; remove the key"):
         plan(Story.parse("size: [64, 64]\nshots: [{caption: a}]"), tiny, name="mine")
-    with pytest.raises(StoryError, match=r"mine: shot 1 \(s1\): memory.policy: cannot be used by `generate` yet"):
+    with pytest.raises(StoryError, match=r"mine: shot 1 \(s1\): memory.policy: cannot be used yet"):
         plan(Story.parse("shots: [{caption: a, memory: {policy: b}}]"), tiny, name="mine")
 
 

@@ -162,9 +162,7 @@ def test_unknown_words_rounded_lengths_and_unused_keys_are_warned_of(folder):
     assert "shot 1 (s1): the model does not know 'zeppelin'" in result.stderr
     assert "shot 1 (s1): 10 frames becomes 9 frames (1 chunk)" in result.stderr
     assert "negative: " in result.stderr
-    assert "zeppelin" in next(
-        e["message"] for e in events(tiny("w.yaml", "--dry-run", "--json")) if "zep" in str(e)
-    )
+    assert "zeppelin" in next(e["message"] for e in events(tiny("w.yaml", "--dry-run", "--json")) if "zep" in str(e))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +180,7 @@ def test_unknown_words_rounded_lengths_and_unused_keys_are_warned_of(folder):
         (SHORT, ["--model", "storybok"], 3, "unknown model 'storybok'"),
         (SHORT, ["--model", "bad.safetensors"], 3, "bad.safetensors: "),
         (SHORT, ["--model", "gone.safetensors"], 3, "gone.safetensors: no such file"),
-        (SHORT, ["--model", "text.safetensors"], 3, "text.safetensors: not a shotstream model"),
+        (SHORT, ["--model", "text.safetensors"], 3, "text.safetensors: neither safetensors nor"),
         (SHORT, ["--device", "abacus"], 2, "device 'abacus': "),
         (SHORT, ["--seed", "-1"], 2, "seed: must be at least 0"),
         (SHORT, ["-o", "folder.mp4"], 2, "folder.mp4: is a folder"),
@@ -305,9 +303,7 @@ def test_a_full_disk_is_one_line_and_no_file(folder):
 
 def test_a_terminal_gets_a_bar(folder):
     reader, terminal = pty.openpty()
-    run = command(
-        *("generate", "short.yaml", "-o", "out.mp4", "--model", "tiny", "--device", "cpu"), stdout=terminal
-    )
+    run = command(*("generate", "short.yaml", "-o", "out.mp4", "--model", "tiny", "--device", "cpu"), stdout=terminal)
     os.close(terminal)
     shown = ""
     with contextlib.suppress(OSError):  # how a terminal says that nobody writes any more
@@ -318,6 +314,101 @@ def test_a_terminal_gets_a_bar(folder):
     assert "shot 2 of 2 (two)" in shown
     assert "chunk 1 of" not in shown
     assert "out.mp4: 30 frames" in shown
+
+
+# projects
+
+
+def test_a_project_is_resumed_and_exported(folder):
+    assert tiny("short.yaml", "--project", "p", "-o", "a.mp4").exit_code == 0
+    refused = tiny("short.yaml", "--project", "p", "-o", "b.mp4")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "p: holds a project already; resume it" in refused.stderr
+    assert tiny("short.yaml", "--project", "p", "--resume", "-o", "b.mp4").exit_code == 0
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+    assert tiny("short.yaml", "-o", "c.mp4").exit_code == 0
+    assert Path("a.mp4").read_bytes() == Path("c.mp4").read_bytes()
+
+    assert cli("export", "p", "-o", "d.mp4").exit_code == 0
+    assert [c.title[:2] for c in read_chapters("d.mp4")] == ["1.", "2."]
+    assert len(list(read_video("d.mp4"))) == 30
+    assert cli("export", "p", "-o", "e.mp4", "--range", "2-", "--no-chapters").exit_code == 0
+    assert read_chapters("e.mp4") == []
+    assert len(list(read_video("e.mp4"))) == 21
+    assert cli("export", "p", "-o", "f.png", "--branch", "main").exit_code == 0
+    assert cli("export", "p", "-o", "g.yaml").exit_code == 0
+    assert Story.from_file("g.yaml") == Story.parse(SHORT)
+
+
+def test_a_story_that_changed_is_made_again_from_where_it_changed(folder):
+    assert tiny("short.yaml", "--project", "p").exit_code == 0
+    Path("other.yaml").write_text(SHORT.replace("in the snow", "on the beach"))
+    assert tiny("other.yaml", "--project", "p", "--resume", "-o", "a.mp4").exit_code == 0
+    assert len(list(Path("p/takes").iterdir())) == 3
+    assert tiny("other.yaml", "-o", "b.mp4").exit_code == 0
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+def test_only_some_shots_are_written(folder):
+    result = tiny("short.yaml", "--shots", "2", "-o", "out.mp4", "--json", "--scale", "1")
+    assert (events(result)[-1]["shots"], events(result)[-1]["frames"]) == (1, 21)
+    assert [c.title[:2] for c in read_chapters("out.mp4")] == ["2."]
+    result = tiny("short.yaml", "--shots", "-1", "-o", "out.mp4", "--json", "--scale", "1")
+    assert [event["id"] for event in events(result) if event["event"] == "chunk"] == ["one"]  # no more than needed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["generate", "short.yaml", "--resume"], 2, "--resume: of which project? add --project DIR"),
+        (["generate", "short.yaml", "--shots", "3"], 2, "--shots: '3' is no range of the 2 shots, such as 2-4 or 3"),
+        (["generate", "short.yaml", "--shots", "2-1"], 2, "--shots: '2-1' is no range"),
+        (["generate", "short.yaml", "--shots", "-"], 2, "--shots: '-' is no range"),
+        (["generate", "short.yaml", "--project", "short.yaml", "--model", "tiny"], 1, "short.yaml: "),
+        (["export", "none", "-o", "x.mp4"], 1, "none: holds no project"),
+        (["export", "p", "-o", "x.avi"], 2, "x.avi: unknown kind of file '.avi'; use one of .mp4"),
+        (["export", "p", "-o", "none/x.mp4"], 2, "none/x.mp4: there is no folder none"),
+        (["export", "p", "-o", "x.mp4", "--range", "9"], 2, "--range: '9' is no range of the 2 shots"),
+        (["export", "p", "-o", "x.mp4", "--branch", "mian"], 2, "there is no branch 'mian'; did you mean 'main'?"),
+        (["export", "p", "-o", "x.mp4", "--model", "gone.safetensors"], 3, "gone.safetensors: "),
+        (["export", "empty", "-o", "x.mp4"], 1, "none of these shots is finished"),
+        (["export", "damaged", "-o", "x.mp4"], 1, "damaged/project.json: is damaged ("),
+    ],
+)
+def test_bad_use_of_a_project_is_one_line_and_a_code(folder, arguments, code, says):
+    for name in ("p", "empty", "damaged"):
+        with Session(film.load("tiny"), Story.parse(SHORT), name) as session:
+            if name == "p":
+                list(session.stream())
+    Path("damaged/project.json").write_text("{")
+    before = files(folder)
+    result = cli(*arguments)
+    assert result.exit_code == code, result.output
+    assert says in result.stderr
+    assert (result.stderr[:12], result.stderr.count("\n")) == ("shotstream: ", 1)
+    assert files(folder) == before
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_is_exact(folder):
+    Path("long.yaml").write_text(SHORT + "  - {id: long, caption: the bear sits, chunks: 20}\n")
+    rest = ("--model", "tiny", "--device", "cpu", "--scale", "1")
+    run = command(
+        *("generate", "long.yaml", "--project", "p", "-o", "out.mp4", "--json", *rest),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if '"id": "long"' in line and '"chunk": 2' in line:
+            break
+    run.send_signal(signal.SIGINT)
+    complaint = run.communicate(timeout=60)[1]
+    assert run.returncode == 130
+    assert "the 2 finished shots are in out.mp4" in complaint
+    assert "go on with: shotstream generate long.yaml --project p --resume" in complaint
+    assert cli("generate", "long.yaml", "--project", "p", "--resume", "-o", "out.mp4", *rest).exit_code == 0
+    assert cli("generate", "long.yaml", "-o", "whole.mp4", *rest).exit_code == 0
+    assert Path("out.mp4").read_bytes() == Path("whole.mp4").read_bytes()
 
 
 # story

@@ -1,6 +1,7 @@
 """Directing with a real model: takes are the same bits however they came about, and nothing that was made is lost."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -254,16 +255,7 @@ def test_an_edit_of_the_running_shot_acts_at_the_next_chunk(pipeline, reference)
         seen.append((chunk.shot.id, chunk.index))
         if seen[-1] == ("cat", 0) and len(seen) == 4:
             session.edit("cat", caption="a blue duck")
-    assert seen == [
-        ("enter", 0),
-        ("enter", 1),
-        ("close", 0),
-        ("cat", 0),
-        ("cat", 0),
-        ("cat", 1),
-        ("end", 0),
-        ("end", 1),
-    ]
+    assert seen[3:] == [("cat", 0), ("cat", 0), ("cat", 1), ("end", 0), ("end", 1)]
     cut_off, made = (take for take in session.project.takes.values() if take.shot == "cat")
     assert (cut_off.partial, cut_off.chunks, cut_off.frames) == (True, 1, 9)
     assert (made.partial, made.caption) == (False, "a blue duck")
@@ -443,9 +435,9 @@ def test_without_a_project_old_takes_are_given_up_with_a_line(pipeline):
 
 def test_the_folder_is_let_go_whatever_happens(pipeline, tmp_path):
     for _ in range(2):
-        with pytest.raises(ProjectError, match="made with model"), Session(pipeline, STORY, tmp_path):
-            stream(Session(pipeline, STORY, tmp_path / "other"))
-            raise ProjectError("made with model")
+        with pytest.raises(KeyboardInterrupt), Session(pipeline, STORY, tmp_path) as session:
+            next(session.stream())
+            raise KeyboardInterrupt
     (tmp_path / "project.json").write_text("{}")
     for _ in range(2):
         with pytest.raises(ProjectError, match="is damaged"):
@@ -482,6 +474,17 @@ def test_part_of_a_story_is_as_in_the_whole(pipeline, reference, tmp_path):
 # -- what comes out
 
 
+def test_a_stream_that_was_forgotten_does_not_end_the_next(pipeline, reference):
+    session = Session(pipeline, STORY)
+    forgotten = session.stream()
+    next(forgotten)
+    chunks = session.stream()
+    next(chunks)
+    forgotten.close()
+    assert [chunk.shot.id for chunk in chunks if chunk.is_last] == ["close", "cat", "end"]
+    assert shown(session) == reference
+
+
 def test_a_replay_is_what_was_streamed(pipeline):
     session = Session(pipeline, STORY)
     streamed = list(session.stream())
@@ -512,8 +515,7 @@ def test_export_writes_the_finished_shots(pipeline, tmp_path):
     assert read_chapters(tmp_path / "two.mp4") == []
     assert len(list(read_video(tmp_path / "two.mp4"))) == 9 + 21
     session.branch("short", at="enter")
-    assert session.export(tmp_path / "one.webm") == 1
-    assert session.export(tmp_path / "main.gif", branch="main") == 3
+    assert session.export(tmp_path / "main.gif", branch="main", scale=1) == 3
     session.contact_sheet(tmp_path / "sheet.png", branch="main")
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
@@ -573,17 +575,13 @@ for line in sys.stdin:  # every time in a process of its own
             for chunk in session.stream():
                 if (chunk.shot.id, chunk.index) == ("s3", 0):
                     session.cut("the bear at night", id="last")
-                print("chunk", flush=True)
         print("end", flush=True)
         os._exit(0)
     print("child", child, flush=True)
     os.waitpid(child, 0)
 """
 KILLED = Story.model_validate(
-    {
-        "seed": 5,
-        "shots": [{"caption": c} for c in ("a green bear", "the bear dances", "a red cat", "the cat and the bear")],
-    }
+    {"seed": 5, "shots": [{"caption": c} for c in ("a bear", "the bear dances", "a red cat", "the cat jumps")]}
 )
 
 
@@ -601,11 +599,14 @@ def teller() -> Iterator[subprocess.Popen]:
 def tell_and_kill(teller: subprocess.Popen, folder: Path, story: Path, seconds: float | None) -> float:
     """Tell the story in a process that is killed so many seconds after it began; how long it took otherwise."""
     teller.stdin.write(f"{folder} {story}\n")
-    child = int(teller.stdout.readline().split()[1])
+    while not (line := teller.stdout.readline()).startswith("child"):
+        pass  # what the last one still said
+    child = int(line.split()[1])
     started = time.perf_counter()
     if seconds is not None:
         time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was quicker
+            os.kill(child, signal.SIGKILL)
         return seconds
     while teller.stdout.readline() != "end\n":
         pass
@@ -634,15 +635,15 @@ def check_kills(teller: subprocess.Popen, tmp_path: Path, instants: int) -> None
         with Session(pipeline, None if files else KILLED, folder) as session:
             done = [place.take for place in session.project.places if place.take]
             assert done == takes[: len(done)] and len(done) == len(finished)
-            if "last" not in [place.shot.id for place in session.project.places]:
+            ids = [place.shot.id for place in session.project.places]
+            assert ids[:4] == ["s1", "s2", "s3", "s4"]
+            assert "last" in ids or len(done) < 3  # it was cut before the third shot was finished
+            if "last" not in ids:
                 session.cut("the bear at night", id="last")
-            assert stream(session) == [*KILLED_IDS[len(done) :]]
+            assert stream(session) == ["s1", "s2", "s3", "s4", "last"][len(done) :]
             assert shown(session) == whole
         kept.append(len(done))
     assert len(set(kept)) > 1  # the instants were not all the same
-
-
-KILLED_IDS = ("s1", "s2", "s3", "s4", "last")
 
 
 def _wait_for_lock(folder: Path) -> None:

@@ -179,6 +179,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_pull_that_is_killed_goes_on(fake, repositories, tmp_path, end):
     """The hub sends a part and falls silent; the process is ended while it waits."""
@@ -354,6 +355,7 @@ def test_generate_with_the_published_model_pulls_and_makes_the_film(fake, tmp_pa
     made = cli(*command, "--json")
     assert made.exit_code == 0, made.output
     events = [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
+    assert events[-1]["memory_gb"] > 0.1
     assert events[-1]["event"] == "summary" and events[-1]["model"] == "shotstream" and events[-1]["shots"] == 5
     assert "to download: " in made.stderr
     assert len(read_chapters(out)) == 5 and sum(1 for _ in read_video(out)) == events[-1]["frames"]
@@ -383,6 +385,8 @@ def test_the_precision_and_sizes_asked_for_are_those_that_run(fake, tmp_path):
     assert "unknown precision 'exact'; use reference or fast" in fails(
         2, "generate", EXAMPLE, "--model", "shotstream", "--precision", "exact", *SET, "-o", tmp_path / "x.mp4"
     )
+    line = fails(2, "generate", EXAMPLE, "--model", "shotstream", *SET, "--set", "dit.dimm=3", "-o", tmp_path / "x.mp4")
+    assert "unknown field 'dimm'; did you mean 'dim'" in line
     wider = load("shotstream", overrides=[*CHANGES, "width=64", "policy.budget=4", "chunks=1"])
     assert wider.config.latent_shape == (16, 4, 8) and wider.config.policy.budget == 4  # type: ignore[attr-defined]
     assert wider.revision != pipeline.revision
@@ -416,6 +420,19 @@ def test_out_of_memory_says_what_fits_and_keeps_what_is_made(fake, tmp_path, mon
     line = fails(4, "generate", EXAMPLE, "--model", "shotstream", *SET, "-o", out, "--device", "cpu")
     assert "what fits: shotstream with the defaults" in line
     assert len(read_chapters(out)) == 1  # the first shot, of two chunks
+
+
+def test_a_local_checkpoint_of_another_system_and_a_lora(fake, repositories, tmp_path):
+    save_file(lora_of(CONFIG), tmp_path / "lora.safetensors")
+    checkpoint = repositories / RELEASES["longlive"].dit.repo / "models" / "longlive_base.pt"
+    local = ("generate", EXAMPLE, "--model", checkpoint, "--device", "cpu", *SET, "--dry-run", "--json")
+    plan = cli(*local, "--release", "longlive", "--lora", tmp_path / "lora.safetensors")
+    assert plan.exit_code == 0, plan.output
+    assert [path for path, _ in fake.downloads()] == [remote.path for remote in SHOTSTREAM.files[1:]]  # not the DiT
+    events = [json.loads(line) for line in plan.stdout.splitlines()]
+    assert events[-1]["model"] == "longlive"
+    assert "unknown release 'longlife'" in fails(2, *local[:-1], "--release", "longlife")
+    assert "no such file" in fails(3, *local[:-1], "--lora", tmp_path / "none.safetensors")
 
 
 def test_a_remote_is_named_as_people_write_it():

@@ -35,7 +35,7 @@ CORE = {
     "folder": "memory.plan project story",
     "take": "folder memory models pipeline project rollout",
     "session": "folder memory.plan pipeline project story take video",
-    "film": "config folder memory pipeline project session story take video",
+    "film": "config folder footprint memory pipeline project session story take video",
 }
 WITHOUT_TORCH = (
     *("memory.plan", "memory.schedule", "memory.policies"),

@@ -425,6 +425,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_loading_takes_the_memory_of_one_copy(tmp_path):
     size = DiTConfig(dim=384, ffn_dim=1536, heads=3, layers=12)  # 145 MB in float32

@@ -202,7 +202,7 @@ def make(tmp_path):
     return lambda keep=True: TextCache(Encoder, lambda text: [text.upper()], 6, 2, "cpu", tmp_path / "text", keep)
 
 
-def test_a_prompt_is_encoded_once_and_never_again(make):
+def test_a_prompt_is_encoded_once_and_never_again(make, tmp_path):
     cache = make()
     assert Encoder.loads == 0 and cache.warnings("ab") == ["AB"] and Encoder.loads == 0
     states = cache.encode(["abc", "d", "abc"])
@@ -213,6 +213,9 @@ def test_a_prompt_is_encoded_once_and_never_again(make):
     assert Encoder.loads == 0 and not Encoder.asked
     make().encode(["abc", "new"])
     assert Encoder.asked == [["new"]]
+    for file in (tmp_path / "text").iterdir():
+        file.unlink()
+    assert torch.equal(cache.encode(["abc"]), states[:1]) and Encoder.asked == [["new"]]  # from the memory
 
 
 def test_the_encoder_stays_or_leaves(make):
@@ -288,3 +291,10 @@ def test_choices_ask_for_less_and_less_and_the_first_that_fits_is_taken():
         assert fitting(config, total) == list(choices(config))[i]
         assert fitting(config, total - 1) != list(choices(config))[i]
     assert fitting(config, totals[-1] - 1) is None
+
+
+def test_a_changed_configuration_is_another_revision_of_our_own_model_too():
+    plain, smaller = load("tiny"), load("tiny", overrides=["height=32"])
+    assert (plain.config.height, smaller.config.height) == (64, 32)
+    ours, shorter, again = (load("storybook", overrides=changes) for changes in ([], ["chunks=3"], ["chunks=2"]))
+    assert ours.revision == again.revision != shorter.revision and shorter.config.chunks == 3

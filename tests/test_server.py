@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from random import Random
 
 import av
 import numpy as np
@@ -618,6 +619,40 @@ def test_killed_and_started_again_the_timeline_is_the_same_and_so_is_the_take(tm
         assert fresh.until_done()["shots"][1]["take"] == take
         path = tmp_path / "once" / "undisturbed" / "takes" / take / "latents.safetensors"
         assert path.read_bytes() == again
+
+
+@pytest.mark.slow
+def test_killed_thirty_times_at_random_a_story_is_the_one_that_was_never_killed(tmp_path):
+    """Nothing that was answered is lost, and at the end every take has the latents of an undisturbed run."""
+    random, captions = Random(1), [f"a green bear waves, {word}" for word in ("one", "two", "three", "four")]
+    known: dict[str, dict] = {}
+    revision = 0
+    for round in range(30):
+        with Server(tmp_path / "killed") as server:
+            if round == 0:
+                session = server.new(*captions, project="tale", seed=4)
+            session = Session(server, "tale")
+            document = session.document()
+            assert document["revision"] >= revision
+            assert known.items() <= document["takes"].items()
+            revision = session.do("cut", caption=f"the bear sits, {round}", chunks=4, id=f"r{round}")["revision"]
+            time.sleep(random.random() * 1.5)
+            server.process.kill()
+            server.process.wait()
+        known = {id: take for id, take in document["takes"].items() if not take["partial"]}
+    with Server(tmp_path / "killed") as server:
+        done = Session(server, "tale").until_done()
+        assert [shot["id"] for shot in done["shots"][4:]] == [f"r{round}" for round in range(30)]
+        fresh = server.new(*captions, project="undisturbed", seed=4)
+        for round in range(30):
+            fresh.do("cut", caption=f"the bear sits, {round}", chunks=4, id=f"r{round}")
+        again = fresh.until_done()
+    takes = [[shot["take"] for shot in document["shots"]] for document in (done, again)]
+    assert takes[0] == takes[1]
+    for take in takes[0]:
+        paths = [tmp_path / "killed" / name / "takes" / take for name in ("tale", "undisturbed")]
+        first, second = [(path / "latents.safetensors").read_bytes() for path in paths]
+        assert first == second
 
 
 def test_a_polite_end_keeps_the_running_shot_as_a_partial_take(tmp_path):

@@ -164,7 +164,7 @@ def test_two_devices_share_the_work(tmp_path):
         wait_for(lambda: all(station.ready for station in client.studio.pool._stations))
         sessions = [new(client, title=f"number {i}") for i in range(2)]
         for session in sessions:
-            do(client, session, "cut", caption="a bear", chunks=30)
+            do(client, session, "cut", caption="a bear", chunks=16)
         wait_for(lambda: len(client.studio.pool._jobs) == 2)
         assert len({id(station) for station, _ in client.studio.pool._jobs.values()}) == 2
         for session in sessions:
@@ -175,7 +175,7 @@ def test_two_devices_share_the_work(tmp_path):
 
 def test_the_event_loop_is_not_held_up_while_shots_are_made(client):
     session = new(client)
-    do(client, session, "cut", caption="a bear", chunks=30)
+    do(client, session, "cut", caption="a bear", chunks=16)
     waits = []
     while states(client, session) != ["done"]:
         began = time.perf_counter()
@@ -196,12 +196,12 @@ def test_steering_where_it_is_allowed(tmp_path):
     with serving(tmp_path, experimental=True) as client:
         session = new(client)
         with listening(client, session) as events:
-            do(client, session, "cut", caption="a bear", chunks=40)
+            do(client, session, "cut", caption="a bear", chunks=20)
             event(events, "chunk")
             do(client, session, "steer", caption="a frog")
             done = event(events, "shot_done")
         take = client.get(session).json()["takes"][done["take"]]
-        assert [prompt for _, prompt in take["steered"]] == ["a frog"] and take["frames"] == 9 + 39 * 12
+        assert [prompt for _, prompt in take["steered"]] == ["a frog"] and take["frames"] == 9 + 19 * 12
         assert client.get(f"{session}/takes/{done['take']}.mp4").status_code == 200
 
 

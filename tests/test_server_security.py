@@ -255,6 +255,17 @@ def test_the_server_tells_the_document_it_is_tested_by(server):
 @schema.parametrize()
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 def test_whatever_fits_the_document_is_answered_as_it_says(case, server, session):
+    answered_as_it_says(case, server)
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+def test_and_again_at_length(case, server, session):
+    answered_as_it_says(case, server)
+
+
+def answered_as_it_says(case, server):
     if case.operation.method.lower() != "delete" and "id" in (case.path_parameters or {}):
         case.path_parameters["id"] = "fuzzed"
     answer = case.call(base_url=server.url, headers={"authorization": f"Bearer {TOKEN}"})

@@ -276,6 +276,7 @@ CHOICES: dict[str, str | MemoryPolicy] = {
     **{name: name for name in POLICIES},
     "rolling-forcing, its memory kept": RollingForcing(window=9, budget=9),
     "longlive, its sink renewed": LongLive(window=9, history=9, global_sink=False),
+    "longlive, its window wider than what is computed again": LongLive(window=15, history=9),
     "infinity-rope, as in the paper": InfinityRope(compat="paper"),
     "one endless take": MemoryPolicy(limit=None),
 }

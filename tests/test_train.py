@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from shotstream.checkpoints import read_model
 from shotstream.config import PatchVAEConfig
+from shotstream.data.batch import ContextRule, Sample, collate
 from shotstream.data.storybook import Stories, fit_vae, write_shards
 from shotstream.flow import TIMESTEPS
 from shotstream.memory.policies.dual_buffer import context_picks
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.pipeline import Pipeline, load
+from shotstream.rollout import Noise, Roll, Stills
 from shotstream.session import Session
 from shotstream.storybook.draw import SHOT_FRAMES
 from shotstream.train import autoencoder, dmd, ode, run, teacher
@@ -169,27 +171,35 @@ def test_ode_pairs_start_at_noise_end_at_the_target_and_resume(stories: Stories,
     assert np.mean(values[-5:]) < np.mean(values[:5])
 
 
-def test_a_training_rollout_is_what_a_session_generates(stories: Stories, vae: PatchVAE) -> None:
+def test_a_training_rollout_is_what_a_session_generates(vae: PatchVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 5: the same prompts, history and noise give the same latents in `train.dmd` and in `session`."""
     model = fresh(TINY, 3)
-    batch = stories.batch(np.random.default_rng(0), 1, "next", history=2)
-    noise = FreshNoise(Draws(0))
-    with torch.no_grad():
-        trained = rollout(model, batch, noise, None)
-    session = Session(Pipeline(CONFIG, model.dit, vae, model.text))
-    picks = context_picks((SHOT_FRAMES,) * 2)
-    session._roll.memory.shots = (SHOT_FRAMES,) * 2
-    stills = dict(zip(picks, batch.latents[0, : batch.context], strict=True))
-    states = model.text(batch.words)
-    for shot in range(3):
-        session._roll.prompts.add(shot, states[batch.index[:, batch.flags[0].tolist().index(shot)]])
+    rolled: dict[int, tuple[Noise, Tensor, Tensor]] = {}
+    roll = Roll.shot
 
-    def context(frames: tuple) -> Tensor:  # type: ignore[type-arg]
-        return torch.stack([stills[frame.shot, frame.offset] for frame in frames])[None]
+    def noted(self: Roll, shot: int, chunks: int, noise: Noise, context: Stills, *rest: object) -> Iterator[Tensor]:
+        """The session's rollout, whose noise, context and latents are noted."""
+        seen = [torch.zeros(1, 0, *CONFIG.latent_shape)]
+        made = list(roll(self, shot, chunks, noise, lambda frames: seen.append(context(frames)) or seen[-1], *rest))
+        rolled[shot] = noise, seen[-1], torch.cat(made, dim=1)
+        yield from made
 
-    with torch.no_grad():
-        lived = torch.cat(list(session._roll.shot(2, 2, noise, context)), dim=1)
-    assert torch.equal(trained, lived)
+    told = ("a wide shot of a green bear", "a blue frog in a top hat", "the bear in the snow at night")
+    pipeline = Pipeline(CONFIG, model.dit, vae, model.text)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(Roll, "shot", noted)
+        session = Session(pipeline, seed=5)
+        for caption in told:
+            session.cut(caption, global_caption="a story")
+        assert len(list(session.stream())) == 3 * CONFIG.chunks
+    prompts = {n: torch.tensor(model.text.ids(pipeline.prompt("a story", n, c))) for n, c in enumerate(told)}
+    for shot, (noise, stills, lived) in rolled.items():
+        picks = context_picks((SHOT_FRAMES,) * shot)
+        place = Sample([*stills[0]], [s for s, _ in picks], lived[0], shot, prompts, torch.zeros(6, 8, 12))
+        with torch.no_grad():
+            trained = rollout(model, collate([place], ContextRule()), noise, None)
+        assert torch.equal(trained, lived), f"shot {shot}"
+    assert rolled.keys() == {0, 1, 2}
 
 
 def test_only_the_exit_step_learns(stories: Stories) -> None:

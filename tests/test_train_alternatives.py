@@ -180,6 +180,7 @@ def _short(stage: Stage) -> Stage:
     return dataclasses.replace(stage, runs=runs, task=task)
 
 
+@pytest.mark.slow
 def test_the_table_is_made_and_goes_on(tmp_path: Path) -> None:
     recipe = tiny_recipe()
     rows = ("first frame", "stage 2 only")

@@ -30,6 +30,9 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stories(tmp_path_factory.mktemp("stories"))
 
 
+pytestmark = pytest.mark.slow  # processes take seconds to start
+
+
 def job(recipe: str, out: Path, **runs: Any) -> dict[str, Any]:
     return {"recipe": recipe, "runs": {"out": str(out), **runs}}
 
@@ -59,6 +62,8 @@ def test_two_processes_equal_one_and_sharded_equals_whole(stories: Path, tmp_pat
     """The same batch, in one process, in two, and in two that each hold half of every network."""
     kinds = {"two": {"optimizer": "adamw"}, "sharded": SHARDED}
     jobs = [job(recipe, tmp_path / f"{recipe}-{how}", steps=4, **kinds[how]) for recipe, how in LAYOUTS]
+    # In bf16, with sheets of samples along the way.
+    jobs.append(job("teacher", tmp_path / "half", steps=2, dtype="bfloat16", sheet_every=2, **SHARDED))
     # Stopped after two steps, then another run goes on from there: in the distributed format, by two processes.
     jobs += [job("stage2", tmp_path / "stopped", steps=steps, **SHARDED) for steps in (2, 4)]
     jobs.append(job("stage2", tmp_path / "elastic", steps=2, optimizer="adamw"))
@@ -69,6 +74,8 @@ def test_two_processes_equal_one_and_sharded_equals_whole(stories: Path, tmp_pat
         moved = furthest(one.ema.state_dict(), untrained.ema.state_dict())
         assert moved > 1e-3
         assert furthest(averaged_weights(tmp_path / f"{recipe}-{how}"), one.ema.state_dict()) < 0.02 * moved
+    assert (tmp_path / "half" / "sheets" / "000002.png").exists()
+    assert all(tensor.isfinite().all() for tensor in averaged_weights(tmp_path / "half").values())
     whole = averaged_weights(tmp_path / "stage2-sharded")
     assert furthest(averaged_weights(tmp_path / "stopped"), whole) == 0
     # What two processes began, one can finish.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from shotstream.train.dmd import DMDConfig
 from shotstream.train.model import Model
 from shotstream.train.ode import ODEConfig
 from shotstream.train.run import RunConfig
+from shotstream.train.sheets import Sheets
 from shotstream.train.teacher import TeacherConfig
 
 CONFIG = PRESETS["tiny"]
@@ -74,7 +76,9 @@ def train(recipe: str, folder: Path, runs: RunConfig) -> Any:
     stories = Stories(folder, load("tiny").text)
     match recipe:
         case "teacher":
-            return teacher.train(CONFIG, TeacherConfig(causal=0.5), runs, stories, model(0))
+            sample = partial(teacher.sample, steps=2)
+            sheets = Sheets(Path(runs.out), load("tiny").vae, stories, sample, "next", rows=2)
+            return teacher.train(CONFIG, TeacherConfig(causal=0.5), runs, stories, model(0), sheets.write)
         case "ode":
             return ode.train(CONFIG, ODEConfig("guided", drop_text=0.3), runs, stories, model(0))
         case "stage1":

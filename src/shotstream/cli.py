@@ -108,6 +108,10 @@ TextDevice = Annotated[
 Offload = Annotated[
     bool, typer.Option("--offload", help="Text encoder and VAE leave the device when they are not at work.")
 ]
+ReleaseName = Annotated[
+    str | None, typer.Option(help="Published system that a local checkpoint is of.", show_default="shotstream")
+]
+Lora = Annotated[Path | None, typer.Option(help="LoRA to merge into a published model.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Change the model's configuration: height=240, chunks=5, ..."),
@@ -128,6 +132,8 @@ def generate(
     text_device: TextDevice = None,
     offload: Offload = False,
     set_: Set = None,
+    release: ReleaseName = None,
+    lora: Lora = None,
     project: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every finished shot there.")] = None,
     resume: Resume = False,
     shots: Shots = None,
@@ -147,8 +153,9 @@ def generate(
         chosen = span(shots, "shots", len(tale.shots))
         if resume and project is None:
             raise Failure("--resume: of which project? add --project DIR", USAGE)
-        loading: Loading = {"text_device": text_device, "offload": offload, "overrides": set_ or ()}
-        film = _plan(tale, model, device, str(story), loading | {"precision": _precision(precision)}, policy)
+        loading: Loading = {"precision": _precision(precision), "text_device": text_device, "offload": offload}
+        loading |= {"overrides": set_ or (), "release": release, "lora": lora}
+        film = _plan(tale, model, device, str(story), loading, policy)
         told = report(json_events, dry_run)
         for warning in film.warnings():
             told.warning(warning)

@@ -24,6 +24,7 @@ from typing import Unpack
 import torch
 
 from shotstream.folder import ProjectError
+from shotstream.footprint import peak_memory
 from shotstream.memory.plan import MemoryPolicy
 from shotstream.memory.policies import named, rehearse
 from shotstream.pipeline import Loading, Pipeline, load
@@ -72,6 +73,7 @@ class Summary:
     first_frame_s: float
     load_s: float
     video_seconds: float
+    memory_gb: float  # the most that was held: of the GPU's memory if it computes, else by the process
 
 
 def generate(
@@ -132,13 +134,9 @@ def plan(
         raise StoryError(f"{name}: size: {made}, not {list(story.size)}; remove the key")
     try:
         project = Project(model_of(pipeline), story, policy=policy)
-    except CommandError as error:
+    except (CommandError, StoryError) as error:
         raise StoryError(f"{name}: {error}") from None
     for i, shot in enumerate(story.shots):
-        where = f"{name}: shot {i + 1} ({shot.id})"
-        for key, value in (("memory.policy", shot.memory and shot.memory.policy), ("loras", shot.loras)):
-            if value:
-                raise StoryError(f"{where}: {key}: cannot be used by `generate` yet; remove the key")
         length = story.length_at(i, config)
         shots.append(
             Planned(
@@ -252,6 +250,7 @@ class Film:
             first_frame_s=round(times[0], 3),
             load_s=round(self.load_s, 3),
             video_seconds=round(video.frames / self.fps, 3),
+            memory_gb=round(peak_memory(str(self.pipeline.dit.device)) / 1e9, 3),
         )
 
     def recipe(self) -> str:
@@ -270,7 +269,7 @@ class Film:
     def _session(self, project: str | Path | None, resume: bool) -> Session:
         """Every shot planned, or found in the project."""
         if project is not None and not resume and (Path(project) / "project.json").exists():
-            raise ProjectError(f"{project}: holds a project already; resume it, or choose another folder")
+            raise ProjectError(f"{project}: holds a project already; resume it (--resume), or choose another folder")
         session = Session(self.pipeline, self.story, project, policy=self.policy)
         session.play()  # it may have been paused when it was left
         return session

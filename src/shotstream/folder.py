@@ -59,6 +59,7 @@ class _Plan(_Strict):
 class _MadeWith(_Strict):
     name: str
     revision: str
+    size: tuple[int, int]  # width, height
 
 
 class _Saved(_Strict):
@@ -129,18 +130,19 @@ class Folder:
     def load(self, model: Model, policy: str | MemoryPolicy | None = None) -> Project:
         """The project as it was saved last, with every finished take."""
         saved = self._read()
-        made, given = saved.model, _MadeWith(name=model.config.name, revision=model.revision)
+        made, given = saved.model, _made_with(model)
         if made != given:
-            ours, theirs = (f"{m.name!r} (revision {m.revision or 'unknown'})" for m in (given, made))
+            ours, theirs = (
+                f"{m.name!r} (revision {m.revision or 'unknown'}, {m.size[0]}x{m.size[1]})" for m in (given, made)
+            )
             raise ProjectError(f"{self.path}: was made with model {theirs}, not {ours}; give that model")
         project = Project(model, id=saved.id, policy=policy)
         project.takes = self.takes()
         project.revision, project.playing = saved.revision, saved.playing
         try:
-            plan, undo, redo = _plans(saved)
-        except (ValidationError, IndexError, KeyError) as error:
+            project.restore(*_plans(saved))
+        except (ValueError, IndexError, KeyError) as error:
             raise self._damaged(error) from None
-        project.restore(plan, undo, redo)
         return project
 
     def save(self, project: Project) -> None:
@@ -277,7 +279,7 @@ def _saved(project: Project) -> _Saved:
         id=project.id,
         revision=project.revision,
         playing=project.playing,
-        model=_MadeWith(name=project.model.config.name, revision=project.model.revision),
+        model=_made_with(project.model),
         bases=tuple(base.model_dump(mode="json", exclude_defaults=True, exclude={"shots"}) for base in bases),
         places=tuple(_Place.model_construct(**vars(place)) for place in places),
         branches=lines,
@@ -285,6 +287,10 @@ def _saved(project: Project) -> _Saved:
         undo=past,
         redo=future,
     )
+
+
+def _made_with(model: Model) -> _MadeWith:
+    return _MadeWith(name=model.config.name, revision=model.revision, size=(model.config.width, model.config.height))
 
 
 def _plans(saved: _Saved) -> tuple[Plan, list[Plan], list[Plan]]:

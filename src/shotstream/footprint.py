@@ -7,6 +7,8 @@ measures what a machine really takes.
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -144,3 +146,11 @@ def free_memory(device: str) -> int:
         return int(available.split()[1]) * 1024
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes held so far: of a GPU's memory by torch, on a CPU by the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024

@@ -181,6 +181,7 @@ def models_convert(
     import torch
 
     from shotstream import checkpoints
+
     with model_errors():
         if dtype not in (None, "float32", "bfloat16"):
             raise Failure(f"unknown dtype {dtype!r}; use float32 or bfloat16", USAGE)

@@ -20,7 +20,7 @@ from shotstream.checkpoints import LoRA, Network, Weights, read_model
 from shotstream.checkpoints import ModelError as ModelError
 from shotstream.config import PRESETS, Config, PatchVAEConfig, UMT5Config, WanVAEConfig, WordsConfig, override
 from shotstream.models import umt5, vae
-from shotstream.models.dit import DiT
+from shotstream.models.dit import DiT, by_columns
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.models.text import TextEncoder, Words
 from shotstream.releases import Release
@@ -28,6 +28,12 @@ from shotstream.storybook.captions import VOCABULARY, tokenize
 from shotstream.text_cache import TextCache
 
 BUILT_IN = ("storybook",)
+
+
+class OptionError(ModelError):
+    """A model is asked for in a way that is not offered."""
+
+    exit_code = 2
 
 
 class Loading(TypedDict, total=False):
@@ -116,7 +122,7 @@ def _configured(config: Config, how: Loading) -> Config:
     try:
         config = override(config, list(how.get("overrides", ())))
     except ValueError as error:
-        raise ModelError(str(error)) from None
+        raise OptionError(str(error)) from None
     match how.get("precision"):
         case None:
             return config
@@ -125,18 +131,22 @@ def _configured(config: Config, how: Loading) -> Config:
         case "fast":
             return dataclasses.replace(config, dtype="bfloat16")
         case other:
-            raise ModelError(f"unknown precision {other!r}; use reference or fast, or leave it out")
+            raise OptionError(f"unknown precision {other!r}; use reference or fast, or leave it out")
 
 
 def _read(path: Path, device: str, how: Loading) -> Pipeline:
     """A model file of ours."""
     try:
         config, vocabulary, tensors, revision = read_model(path)
+        if not isinstance(config.vae, PatchVAEConfig):
+            raise ValueError(f"a {config.name} model, whose published checkpoint is what can be loaded")
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; give the path of a model written by `shotstream train`") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not a shotstream model ({error}); download or train it again") from None
-    config = _configured(config, how)
+    asked = _configured(config, how)
+    if asked != config:
+        config, revision = asked, hashlib.sha256(f"{revision}{asked}".encode()).hexdigest()[:12]
     with torch.device("meta"):
         networks = dict(zip(("dit", "vae", "text"), build(config, vocabulary), strict=True))
     for name, network in networks.items():
@@ -147,6 +157,8 @@ def _read(path: Path, device: str, how: Loading) -> Pipeline:
             reason = str(error).splitlines()[1].strip()[:200]
             raise ModelError(f"{path}: weights do not fit its configuration: {reason}") from None
         network.requires_grad_(False).eval().to(device, getattr(torch, config.dtype))
+    if device == "cpu":
+        by_columns(networks["dit"])  # type: ignore[arg-type]
     return Pipeline(config, networks["dit"], networks["vae"], networks["text"], revision)  # type: ignore[arg-type]
 
 
@@ -223,7 +235,7 @@ def _release_of(how: Loading) -> Release:
     name = how.get("release") or "shotstream"
     if release := releases.find(name):
         return release
-    raise ModelError(f"unknown release {name!r}; known: {', '.join(releases.RELEASES)}")
+    raise OptionError(f"unknown release {name!r}; known: {', '.join(releases.RELEASES)}")
 
 
 def _tell(line: str) -> None:
@@ -309,4 +321,6 @@ def _random(config: Config, device: str) -> Pipeline:
         vae.unproject.copy_(vae.project.T / 0.3**2)
     for network in (dit, vae, text):
         network.requires_grad_(False).eval().to(device, getattr(torch, config.dtype))
+    if device == "cpu":
+        by_columns(dit)
     return Pipeline(config, dit, vae, text, "random")

@@ -96,7 +96,8 @@ class LineReport:
 
     def summary(self, summary: Summary) -> None:
         speed = f"{summary.fps:.1f} fps, first after {summary.first_frame_s:.2f} s"
-        print(f"{summary.output}: {summary.frames} frames in {summary.seconds:.1f} s ({speed})")
+        took = f"{summary.seconds:.1f} s ({speed}) and {summary.memory_gb:.1f} GB of memory"
+        print(f"{summary.output}: {summary.frames} frames in {took}")
         if summary.sheet:
             print(f"{summary.sheet}: contact sheet")
 

@@ -1,10 +1,10 @@
-"""A story being directed, without torch: which takes there are, what is planned, what is made next; and its folder.
+"""A story being directed, without torch: which takes there are, what is planned, what is made next.
 
     project = Project(Model(PRESETS["tiny"]))
     project.cut("a green bear in a crown walking in the meadow")      # commands: see `OPS`
     request = project.next_shot()                                     # what to make now, or None
-    project.started(request); project.chunk(0, compute_ms=80)         # whoever makes it reports; each answers
-    project.finished(request.done({"denoise": 0.3}))                  # with the events to pass on
+    project.started(request); project.chunk(0, 9, compute_ms=80)      # whoever makes it reports; each report
+    project.finished(request.done({"denoise": 0.3}))                  # answers with the events to pass on
 
 A *take* is one made version of a shot and never changes. Its id is a hash of everything it depends on, so a request
 that was made before is found, not made again: after undo, on another branch, after a crash. A *plan* is the branches'
@@ -262,6 +262,7 @@ class Project:
 
     story: to start from. seed: of a project without a story. policy: instead of the model's; only `DualBuffer`
     knows which frames condition a shot, all others depend on every take before.
+    Raises StoryError for what a story asks for and is not offered, CommandError for pins it cannot have.
     """
 
     def __init__(
@@ -396,7 +397,7 @@ class Project:
         length, caption, global_caption = told.length_at(0, config), told.expanded(0), told.global_at(0)
         past, context = self._past(index), self.context(index)
         identity = {
-            "model": [config.name, self.model.revision, config.dtype],
+            "model": [config.name, self.model.revision, config.dtype, config.latent_shape, config.prompt],
             "loras": [lora.model_dump() for lora in place.shot.loras],
             "sampler": asdict(self.schedule),
             "policy": [type(self.policy).__name__, asdict(self.policy)],
@@ -538,8 +539,7 @@ class Project:
         words = {name: getattr(place.shot, name) for name in ("id", "caption", "chunks", "seconds", "frames", "seed")}
         checked, _ = self._checked(place.global_caption, **words | changes)
         new = place.reworded(**{name: getattr(checked, name) for name in changes})
-        if new.shot != place.shot:
-            self._replace(index, new, asked=(shot,))
+        self._replace(index, place if new.shot == place.shot else new, asked=(shot,))
 
     def move(self, shot: str, to: int) -> None:
         """Make a planned shot the story's shot number `to` (from 1)."""
@@ -611,8 +611,7 @@ class Project:
     def checkout(self, name: str) -> None:
         """Make another branch the head."""
         self._branch(name)
-        if name != self.plan.head:
-            self._plan(replace(self.plan, head=name))
+        self._plan(replace(self.plan, head=name))
 
     def rename_branch(self, name: str, to: str) -> None:
         """Call a branch something else."""
@@ -836,11 +835,14 @@ class Project:
         if size > FILE_LIMIT:
             raise CommandError("caption", f"the story would be larger than {FILE_LIMIT} bytes; start another one")
         self._plan(self.plan.with_branch(branch))
-        self._waiting |= {shot: (f"c{self.revision}", time.monotonic()) for shot in asked}
+        command = f"c{self.revision}", time.monotonic()
+        self._waiting |= {p.shot.id: command for p in self.places if p.shot.id in asked and p.take is None}
 
     def _plan(self, plan: Plan) -> None:
-        """A new plan, which can be undone."""
+        """A new plan, which can be undone; nothing, if it is the present one."""
         before, self.plan = self.plan, plan
+        if plan == before:
+            return
         try:
             self._check_pins()
         except CommandError:
@@ -872,7 +874,7 @@ class Project:
 
     def _check_pins(self) -> None:
         for i, place in enumerate(self.places):
-            earlier = {p.shot.id: p for p in self.places[:i]}
+            earlier = {p.shot.id: p for p in self.places[:i]} if place.pins else {}
             for pin in place.pins:
                 shot, _, frame = pin.rpartition("@")
                 if not frame.isdecimal() or not shot:
@@ -894,9 +896,12 @@ BARE: dict[str, Any] = {"shots": (), "global_caption": ""}
 
 
 def _laid_out(story: Story) -> Branch:
-    """A story's shots, each with the global caption that holds for it."""
+    """A story's shots, each with the global caption that holds for it. Raises StoryError for what is not offered."""
     told, places = story.global_caption, []
-    for shot in story.shots:
+    for number, shot in enumerate(story.shots, 1):
+        for key, value in (("memory.policy", shot.memory and shot.memory.policy), ("loras", shot.loras)):
+            if value:
+                raise StoryError(f"shot {number} ({shot.id}): {key}: cannot be used yet; remove the key")
         told = told if shot.global_caption is None else shot.global_caption
         places.append(Place(shot.model_copy(update={"global_caption": None}), told))
     return Branch(tuple(places), told)

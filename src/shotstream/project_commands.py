@@ -26,9 +26,7 @@ def export(
     chapters: Annotated[bool, typer.Option(help="A chapter per shot.")] = True,
     shots: Annotated[str | None, typer.Option("--range", metavar="A-B", help="Only these shots, such as 2-4.")] = None,
     scale: Annotated[int | None, typer.Option(min=1, max=8, help="Enlarge.", show_default="to fill a player")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="What it was made with.", show_default="as it says")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="What it was made with.", show_default="as it says")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto: a GPU if there is one.")] = "auto",
 ) -> None:
     """Write the finished shots of a project as a video. It may be open elsewhere meanwhile."""

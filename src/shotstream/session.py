@@ -115,6 +115,7 @@ class Session:
         self._maker = Maker(pipeline, policy)
         self._shelf: Shelf = FolderShelf(self.folder.path / "takes") if self.folder else MemoryShelf()
         self._making: _Making | None = None
+        self._newest_stream = object()
         self._lock = threading.RLock()
         self._told: dict[str, Any] = {}  # the document as it was told of last
         self._events = 0
@@ -205,12 +206,14 @@ class Session:
         Ends early when paused, at a chunk; streaming again after `play` goes on there. May be closed at any chunk: the
         shot begun is then made again, from its beginning and to the same bits, by the next stream.
         """
+        newest = self._newest_stream = object()
         try:
             while (chunk := self._next()) is not None:
                 yield chunk
         except GeneratorExit:
             with self._lock:
-                self._cut_off()
+                if self._newest_stream is newest:  # an older one, forgotten, may be closed at any time
+                    self._cut_off()
             raise
 
     async def astream(self) -> AsyncIterator[Chunk]:
@@ -332,15 +335,17 @@ class Session:
             self._changed()
 
     def _changed(self, events: list[dict[str, Any]] | None = None) -> None:
-        if self.folder:
-            self.folder.save(self.project)
-        self._tell(events)
+        try:
+            if self.folder:
+                self.folder.save(self.project)
+        finally:
+            self._tell(events)
 
     def _tell(self, events: list[dict[str, Any]] | None = None) -> None:
         if self.on_event is None:
             return
         document = self.project.document()
-        changed = {key: value for key, value in document.items() if self._told.get(key) != value}
+        changed = {key: value for key, value in document.items() if key not in self._told or self._told[key] != value}
         self._told = document
         for event in [*(events or []), *([{"type": "document", **changed}] if changed else [])]:
             self._events += 1
@@ -429,9 +434,9 @@ class Session:
             self._changed(self.project.stopped(take))
 
     def _finished(self, branch: str | None, shots: tuple[int, int] | None) -> list[Take]:
-        first, last = shots or (1, len(self.project.places))
-        line = self.project.line(branch)[first - 1 : last]
-        takes = [self.project.takes[take] for take in line if take]
+        line = self.project.line(branch)
+        first, last = shots or (1, len(line))
+        takes = [self.project.takes[take] for take in line[first - 1 : last] if take]
         if not takes:
             raise ValueError("none of these shots is finished; stream the session first")
         return takes

@@ -41,8 +41,10 @@ def bench(
             return
         if clock not in ("wall", "cpu"):
             raise Failure(f"unknown clock {clock!r}; use wall or cpu", USAGE)
-        if 0 < growth < 12:
-            raise Failure(f"--growth {growth}: both ends of the story are five shots; give 12 or more, or 0", USAGE)
+        if 0 < growth < 17:
+            raise Failure(
+                f"--growth {growth}: shots 8 to 12 are compared with the last five; give 17 or more, or 0", USAGE
+            )
 
         import torch
 

@@ -155,7 +155,7 @@ def tokens_per_frame(config: Config) -> int:
 
 
 def reads(config: Config, chunks: int) -> tuple[int, list[int]]:
-    """Latent frames that a shot's prefill computes, and that each of its chunks reads; with finished shots before it."""
+    """Latent frames that a shot's prefill computes, and that each of its chunks reads, after many finished shots."""
     policy, size = config.policy, config.policy.chunk
     earlier = (config.shot_frames(chunks),) * 8  # enough for every context frame
     memory: tuple[Frame, ...] = ()

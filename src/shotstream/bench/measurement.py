@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from shotstream.bench import flops
-from shotstream.bench.machine import attention_kernel, ceilings, machine
+from shotstream.bench.machine import Operators, attention_kernel, ceilings, machine
 from shotstream.bench.probe import Clock, ClockName, Probe
 from shotstream.pipeline import Pipeline
 from shotstream.session import Chunk, Session
 from shotstream.video import VideoWriter
 
 WARM = 2  # shots before anything counts
+FULL = 7  # finished shots after which a context of six frames, and all that is kept for it, is full
 FIRST = ("text", "encode", "prefill", "denoise", "decode")  # stages between a caption and its first frames
 CAPTIONS = tuple(
     f"a {framing} of a {colour} {who} in the {where}"
@@ -71,6 +72,7 @@ def measure(pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
         "attention": _kernel(pipeline, chunks),
         "first_frame_ms": {"cold": _ms(cold), "warm": _ms(first_frame(pipeline, clock, chunks))},
         **story,
+        "operators_ms_per_shot": operators(pipeline, clock, chunks) if device.type == "cpu" else {},
         "prompt_switch_ms": prompt_switches(pipeline, clock, settings.switches),
         "memory_mb": peak,
         "video_file_ms_per_chunk": _ms(_encoding(pipeline, clock)),
@@ -147,6 +149,20 @@ def tell(pipeline: Pipeline, clock: Clock, shots: int, chunks: int) -> dict[str,
     }
 
 
+def operators(pipeline: Pipeline, clock: Clock, chunks: int, most: int = 10) -> dict[str, float]:
+    """Milliseconds of a story's second shot by operator, the longest first; "the rest" is all others together."""
+    session = _session(pipeline, 2, chunks)
+    stream = session.stream()
+    for _ in range(chunks):
+        next(stream)
+    with Operators(clock) as seen:
+        for _ in stream:
+            pass
+    ranked = sorted(seen.seconds.items(), key=lambda item: -item[1])
+    found = {name.strip("_"): _ms(seconds) for name, seconds in ranked[:most]}
+    return found | {"the rest": _ms(sum(seconds for _, seconds in ranked[most:]))}
+
+
 def _quantiles(seconds: Sequence[float] | np.ndarray) -> dict[str, float]:
     values = np.asarray(seconds)
     named = {"mean": values.mean(), "p50": np.median(values), "p95": np.quantile(values, 0.95)}
@@ -196,26 +212,33 @@ def prompt_switches(pipeline: Pipeline, clock: Clock, count: int) -> dict[str, A
 
 
 def growth(pipeline: Pipeline, clock: Clock, shots: int, chunks: int = 2) -> dict[str, Any]:
-    """Whether shot `shots` of a story costs more than the second: medians of five shots at either end."""
-    session, taken, held = _session(pipeline, shots, chunks), dict[int, list[float]](), list[int]()
-    last = clock.settled()
-    for chunk in session.stream():
-        now = clock.settled()
-        taken.setdefault(chunk.shot.index, []).append(now - last)
-        last = now
-        if chunk.is_last:
-            gc.collect()
-            held.append(held_bytes())
+    """Whether late shots cost more than early ones: five at the end, against the first five with a full context.
+
+    The project is on disk, where finished takes belong.
+    """
+    taken, held = dict[int, list[float]](), list[int]()
+    with tempfile.TemporaryDirectory() as folder, Session(pipeline, project=Path(folder) / "story", seed=1) as session:
+        for caption in captions(shots):
+            session.cut(caption, chunks=chunks)
+        last = clock.settled()
+        for chunk in session.stream():
+            now = clock.settled()
+            taken.setdefault(chunk.shot.index, []).append(now - last)
+            if chunk.is_last:
+                gc.collect()
+                held.append(held_bytes())
             last = clock.settled()
-    early, late = ([sum(taken[shot]) for shot in part] for part in (range(1, 6), range(shots - 5, shots)))
+    ends = range(FULL, FULL + 5), range(shots - 5, shots)
+    early, late = ([sum(taken[shot]) for shot in part] for part in ends)
+    before, after = (max(held[shot] for shot in part) for part in ends)
     return {
         "shots": shots,
         "shot_ms_early": _ms(statistics.median(early)),
         "shot_ms_late": _ms(statistics.median(late)),
-        "time_ratio": round(statistics.median(late) / statistics.median(early), 3),
-        "tensor_mb_early": round(max(held[1:6]) / 2**20, 2),
-        "tensor_mb_late": round(max(held[-5:]) / 2**20, 2),
-        "memory_ratio": round(max(held[-5:]) / max(held[1:6]), 4),
+        "time_ratio": round(min(late) / min(early), 3),
+        "tensor_mb_early": round(before / 2**20, 2),
+        "tensor_mb_late": round(after / 2**20, 2),
+        "memory_ratio": round(after / before, 4),
     }
 
 

@@ -30,6 +30,8 @@ def table(result: dict[str, Any]) -> str:
         ("stages of a shot", _pairs(result["stages_ms_per_shot"])),
         ("pass by keys", _pairs(result["pass_ms"], " latent frames")),
     ]
+    if operators := result["operators_ms_per_shot"]:
+        rows.insert(-1, ("operators of a shot", _pairs(operators)))
     if fit := result["pass_ms_fit"]:
         rows.append(("", f"{fit['constant']} ms + {fit['per_latent_frame']} ms per latent frame read"))
     rows += [
@@ -46,7 +48,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(
             (
                 "growth",
-                f"the last 5 of {grown['shots']} shots take {grown['time_ratio']} of the time of shots 2 to 6, "
+                f"the last 5 of {grown['shots']} shots take {grown['time_ratio']} of the time of shots 8 to 12, "
                 f"and hold {grown['memory_ratio']} of their memory",
             )
         )

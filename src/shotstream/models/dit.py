@@ -68,7 +68,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -160,14 +160,26 @@ class Block(nn.Module):
         return x + self.ffn(modulate(x, shift_ff, scale_ff)) * gate_ff
 
 
-def compile_blocks(dit: DiT) -> DiT:
+def by_columns(dit: DiT) -> None:
+    """Lay out linear weights [out, in] column after column: what a CPU's product of few rows reads as it stands.
+
+    The same numbers at other addresses; a pass of the storybook model takes .91 of the time (docs/LOG.md).
+    """
+    for layer in dit.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+def compile_blocks(dit: DiT, backend: str = "inductor") -> DiT:
     """Let torch compile the blocks of this network, in place: one graph for all, made at the first pass.
 
-    It joins what lies between matrix products. Worth its time on a GPU; on a CPU it needs a C++ compiler.
+    It joins what lies between matrix products. Worth its time on a GPU; on a CPU it needs a C++ compiler. `backend`:
+    "aot_eager" traces and runs without generating code.
     """
     for block in dit.layers():
-        block.ask = torch.compile(block.ask, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
-        block.answer = torch.compile(block.answer, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+        for name in ("ask", "answer"):
+            compiled = torch.compile(getattr(block, name), dynamic=False, fullgraph=True, backend=backend)
+            setattr(block, name, compiled)
     return dit
 
 

@@ -41,7 +41,7 @@ def angles(positions: Tensor, phases: Tensor, height: int, width: int, head_dim:
     return torch.cat(parts, dim=-1).flatten(-4, -2)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def rotation(
     places: tuple[tuple[float, float], ...],
     height: int,
@@ -51,6 +51,7 @@ def rotation(
     dtype: torch.dtype,
 ) -> Rotation:
     """cos and sin for latent frames at `places` = ((position, phase), ...); cached: layers and steps repeat them.
+    Only the last few: every shot has phases of its own, and a long story would fill a larger cache.
 
     Angles are formed in float64; the tables are float32 (or float64 for float64 networks).
     """

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import anyio
 from fastapi import APIRouter, FastAPI, Query, Request, WebSocket
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +26,7 @@ from shotstream.folder import ProjectError
 from shotstream.project import CommandError
 from shotstream.server.docs import docs_page
 from shotstream.server.live import Live
-from shotstream.server.media import CODERS, Broadcast, available, negotiate
+from shotstream.server.media import CODERS, available, negotiate
 from shotstream.server.pictures import frame_jpeg
 from shotstream.server.protocol import (
     AnyCommand,
@@ -286,9 +287,9 @@ def _streams(router: APIRouter, studio: Studio) -> None:
         chosen = "mjpeg" if way == "mjpeg" else negotiate([codec], studio.codec)
         if chosen is None:
             raise CommandError("codec", f"{codec!r} cannot be made here; ask for avc1, vp09 or av01")
-        broadcast = live.broadcast(chosen)
-        body = (_paced_jpegs if way == "mjpeg" else _bytes)(live, broadcast)
-        return StreamingResponse(body, media_type=broadcast.source.mime, headers=_UNCACHED)
+        mime = live.broadcast(chosen).source.mime
+        body = _paced_jpegs(live) if way == "mjpeg" else _bytes(live, chosen)
+        return StreamingResponse(body, media_type=mime, headers=_UNCACHED)
 
     @router.websocket("/sessions/{id}/media")
     async def media_socket(socket: WebSocket, id: str, codec: str | None = None) -> None:
@@ -322,8 +323,9 @@ async def _sent_events(live: Live, since: int | None) -> AsyncIterator[str]:
         live.events.leave(subscriber)
 
 
-async def _bytes(live: Live, broadcast: Broadcast) -> AsyncIterator[bytes]:
+async def _bytes(live: Live, codec: str) -> AsyncIterator[bytes]:
     """The bytes of the media socket, without its text messages."""
+    broadcast = live.broadcast(codec)
     viewer = live.join(broadcast)
     try:
         while (message := await viewer.get()) is not None:
@@ -333,14 +335,14 @@ async def _bytes(live: Live, broadcast: Broadcast) -> AsyncIterator[bytes]:
         live.leave(broadcast, viewer)
 
 
-async def _paced_jpegs(live: Live, broadcast: Broadcast) -> AsyncIterator[bytes]:
+async def _paced_jpegs(live: Live) -> AsyncIterator[bytes]:
     """JPEGs at the speed of the film: an image element has no clock."""
     clock = asyncio.get_running_loop().time
     due = clock()
-    async for picture in _bytes(live, broadcast):
+    async for picture in _bytes(live, "mjpeg"):
         due = max(due, clock() - 0.5)
         await asyncio.sleep(due - clock())
-        due += 1 / broadcast.fps
+        due += 1 / live.fps
         yield b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(picture), picture)
 
 
@@ -398,21 +400,19 @@ async def _speak(socket: WebSocket, get: Callable[[], Awaitable[str | bytes | No
     """Send what there is until there is no more, or until the other side has gone; what it says is not heard."""
 
     async def send() -> None:
-        while (message := await get()) is not None:
-            await (socket.send_bytes(message) if isinstance(message, bytes) else socket.send_text(message))
+        with suppress(WebSocketDisconnect, RuntimeError):  # gone while we were sending
+            while (message := await get()) is not None:
+                await (socket.send_bytes(message) if isinstance(message, bytes) else socket.send_text(message))
+        both.cancel_scope.cancel()
 
     async def listen() -> None:
         while (await socket.receive())["type"] != "websocket.disconnect":
             pass
+        both.cancel_scope.cancel()
 
-    tasks = [asyncio.create_task(send()), asyncio.create_task(listen())]
-    done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-    for task in done:
-        with suppress(WebSocketDisconnect, RuntimeError):  # gone while we were sending
-            task.result()
+    async with anyio.create_task_group() as both:
+        both.start_soon(send)
+        both.start_soon(listen)
 
 
 # Complaints

@@ -43,6 +43,7 @@ class Live:
         self.events = Events(studio.limits.events_kept, self._whole)
         self.exports = Exports(self)
         self._told = project.document()
+        self._told_at = self._telling = 0.0  # when it was told, and how long that took
         self._bucket = TokenBucket(studio.limits.commands_per_second, studio.limits.command_burst)
         self._crashes: Counter[str] = Counter()  # of the worker, by take
         self._jobs = 0
@@ -186,7 +187,8 @@ class Live:
             if event["type"] == "applied":
                 metrics.prompt_to_frame.observe(event["prompt_to_frame_ms"] / 1000)
         self._publish(events)
-        self.tell()
+        if time.monotonic() - self._told_at > 10 * self._telling:  # of a long story, not with every chunk
+            self.tell()
 
     def on_whole(self, take: Take) -> None:
         self._ended("done", self.project.finished(take))
@@ -256,6 +258,7 @@ class Live:
 
     def tell(self) -> None:
         """Publish what has changed in the document; of the takes, the new ones."""
+        began = time.monotonic()
         now = self.project.document()
         changed = {key: value for key, value in now.items() if value != self._told[key]}
         if "takes" in changed:
@@ -264,6 +267,8 @@ class Live:
         self._told = now
         if changed:
             self._publish([{"type": "document", **changed}])
+        self._told_at = time.monotonic()
+        self._telling = self._told_at - began
 
     def _publish(self, events: list[Event]) -> None:
         for event in events:
@@ -293,6 +298,8 @@ class Live:
     def leave(self, broadcast: Broadcast, viewer: Viewer) -> None:
         self.studio.metrics.viewers.dec()
         broadcast.leave(viewer)
+        if not broadcast.viewers and broadcast.source is not self.recorder.encoder:
+            self.broadcasts = {codec: other for codec, other in self.broadcasts.items() if other is not broadcast}
 
     async def video(self, take: str) -> Path:
         """The file of a take; written first if it was made where no server ran. Raises Unknown or NotReady."""

@@ -59,7 +59,7 @@ class Recorder(threading.Thread):
         super().__init__(name=f"recorder of {live.id}", daemon=True)
         self._live = live
         self._loop = asyncio.get_running_loop()
-        self._encoder = encoder  # whose samples become the take's file
+        self.encoder = encoder  # whose samples become the take's file
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(ROOM)
         self._frames = 0  # on the timeline of the media
@@ -157,7 +157,7 @@ class Recorder(threading.Thread):
                 self._post(lambda b=broadcast, told=told: b.begin_shot(**told))
             for part in broadcast.source.encode(made.frames, self._frames, key):
                 self._post(self._live.on_fragment, broadcast, part.data)
-                if broadcast.source is self._encoder:
+                if broadcast.source is self.encoder:
                     recording.groups.append(part.samples)
         encode = time.perf_counter() - begun
         recording.encode += encode
@@ -182,7 +182,7 @@ class Recorder(threading.Thread):
             return
         if take:
             take = replace(take, timings={**take.timings, "encode": round(recording.encode, 4)})
-            self._write(take.id, self._encoder.track, recording.groups, recording.thumb)
+            self._write(take.id, self.encoder.track, recording.groups, recording.thumb)
             self._live.folder.keep(take)
         if take is None or take.partial:
             self._post(self._live.on_stopped, take)

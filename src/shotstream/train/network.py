@@ -141,7 +141,7 @@ def network(masters: M, config: RunConfig) -> Network[M]:
 def frozen(module: M, config: RunConfig) -> M:
     """A module that only answers, laid out like the trained ones: a teacher."""
     module.requires_grad_(False)
-    return shard(module, config) if config.shard else module.to(config.device)
+    return shard(module, config) if config.shard else module.to(config.device, getattr(torch, config.dtype))
 
 
 def shard(module: M, config: RunConfig) -> M:

@@ -39,6 +39,7 @@ def leads() -> bool:
 
 def mesh(device: str) -> DeviceMesh:
     """All processes in a row. Raises ValueError without `torchrun`."""
+    start(device)
     if not dist.is_initialized():
         raise ValueError(
             "runs.shard=true needs processes: torchrun --nproc-per-node N --no-python shotstream train ..."

@@ -229,7 +229,7 @@ def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> No
             sheet = sheets(teacher.sample, stage.task.kind)
             teacher.train(config, stage.task, runs, stories, model, sheet)
         case PairsConfig():
-            model = model.to(runs.device).requires_grad_(False)
+            model = model.to(runs.device, getattr(torch, runs.dtype)).requires_grad_(False)
             ode.write_pairs(out, model, stories, config, stage.task.ode, stage.task.shards, stage.task.size)
         case ODEConfig():
             pairs = stage.task.pairs or str(root / "pairs")

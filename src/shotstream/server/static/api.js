@@ -41,7 +41,6 @@ const at = (id, path) => `sessions/${encodeURIComponent(id)}${path}`;
 
 export const api = {
   ready: () => fetch(new URL("readyz", document.baseURI)).then((answer) => answer.json()),
-  info: () => request("GET", "info"),
   examples: () => request("GET", "examples"),
   convert: (text) => request("POST", "stories/convert", STRUCTURED.test(text) ? { text } : { text, format: "text" }),
   sessions: () => request("GET", "sessions"),
@@ -114,7 +113,7 @@ export class Events {
     const socket = (this.source = webSocket(eventsAddress(this.id, this.last)));
     socket.onopen = () => this.#open();
     socket.onmessage = ({ data }) => this.#take(socket, data);
-    socket.onclose = ({ code, reason }) => this.#lost(socket, code, reason);
+    socket.onclose = ({ code }) => this.#lost(socket, code);
   }
 
   #bySentEvents() {
@@ -123,7 +122,7 @@ export class Events {
     source.onmessage = ({ data }) => this.#take(source, data);
     source.onerror = () => {
       source.close();
-      this.#lost(source, 0, "");
+      this.#lost(source, 0);
     };
   }
 
@@ -141,9 +140,9 @@ export class Events {
     this.on.event(event);
   }
 
-  #lost(source, code, reason) {
+  #lost(source, code) {
     if (this.closed || source !== this.source) return;
-    if (code in FINAL) return this.on.ended(code, FINAL[code] ?? reason);
+    if (code in FINAL) return this.on.ended(code, FINAL[code]);
     this.#refused += 1;
     const wait = this.#patience.next();
     this.on.lost(wait);

@@ -80,7 +80,8 @@ async function start(why = null) {
   await fillStories(state, () => {});
   const named = location.hash.slice(1);
   const only = state.sessions.length === 1 ? state.sessions[0].id : null;
-  if (!why && (named || only) && !(await begin({ id: named || only }))) return;
+  if (!why && (named || only)) state.error = await begin({ id: named || only });
+  if (store.document) return;
   state.ready = true;
   store.changed();
   if (state.error && !state.examples.length) setTimeout(() => store.document || start(), 2000); // no server yet

@@ -36,7 +36,7 @@ export function composer(store, act, ahead) {
         label: store.shots.length ? "Next shot" : "First shot",
         aside: h("span", { class: "quiet acts", id: "acts" }, acts(store, ahead)),
         value: next.caption,
-        placeholder: example(store),
+        placeholder: store.shots.length ? "What happens next?" : "What do we see first?",
         model: doc.model,
         prefix: doc.global_caption,
         write: (text) => write({ caption: text, error: null }),
@@ -200,11 +200,6 @@ function echo(text, strange) {
     end = at + length;
   }
   return [...parts, text.slice(end)];
-}
-
-/** What one could write here. */
-function example(store) {
-  return store.shots.length ? "What happens next?" : "What do we see first?";
 }
 
 const TEMPLATES = {

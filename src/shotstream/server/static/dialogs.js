@@ -162,7 +162,7 @@ export class Dialogs {
       const { fps } = this.store.document.model;
       const total = (name) => chunks.map((chunk) => chunk[name]);
       return [
-        plot("Prompt to pixel", latencies.map(({ seconds }) => seconds), "s", "From sending words to their first picture on this screen. Waiting in the queue counts."),
+        plot("Prompt to pixel", latencies.map(({ seconds }) => seconds), "s", "From sending words to their first picture here, the queue included."),
         plot("Frames made per second", chunks.map(({ frames, seconds }) => frames / seconds), "fps", `The film plays at ${fps}.`),
         plot("A chunk's computing", total("compute_ms"), "ms", "Denoising only."),
         plot("Its decoding and encoding", chunks.map((chunk) => chunk.decode_ms + chunk.encode_ms), "ms", "From latents to video."),

@@ -294,16 +294,16 @@ export class Director {
 
   async named(name) {
     const { branch, shot } = this.store.editing;
-    const unchanged = branch === name;
-    const refused = unchanged
-      ? null
-      : branch
-        ? await this.send("rename_branch", { name: branch, to: name }, { tell: false })
-        : await this.send("branch", { name, ...(shot && { at: shot }) }, { tell: false });
-    if (refused) return this.store.set({ editing: { ...this.store.editing, error: refused, suggestion: name } });
     this.store.set({ editing: null });
-    if (!branch) this.tell(`You are on ${name} now. The other branches stay as they are.`);
     focus(null, ".shots");
+    if (branch === name) return;
+    const refused = branch
+      ? await this.send("rename_branch", { name: branch, to: name }, { tell: false })
+      : await this.send("branch", { name, ...(shot && { at: shot }) }, { tell: false });
+    if (refused) {
+      this.store.set({ editing: { branch, shot, error: refused, suggestion: name } });
+      focus("branch-name");
+    } else if (!branch) this.tell(`You are on ${name} now. The other branches stay as they are.`);
   }
 
   async checkout(name) {

@@ -17,7 +17,6 @@ export function inspector(store, act) {
     ["Length", `${take?.chunks ?? shot.chunks} chunks, ${take?.frames ?? shot.frames} frames, ${seconds((take?.frames ?? shot.frames) / doc.model.fps)}`],
     ["Model", [doc.model.name, " ", h("span", { class: "mono quiet" }, doc.model.revision.slice(0, 10))]],
     take && ["Take", [h("span", { class: "mono" }, take.id), copy("take id", take.id, act)]],
-    take && ["Follows", take.parent ? h("span", { class: "mono" }, take.parent) : "nothing: it opens the story"],
     take && Object.keys(take.timings).length > 0 && ["Time", Object.entries(take.timings).map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toFixed(2)} s`).join(", ")],
     take && ["Made", new Date(take.created).toLocaleString()],
     take && ["File", h("a", { href: takeVideo(doc.id, take.id), download: `shot-${shot.number}-${take.id}.mp4` }, "video of this take")],
@@ -39,7 +38,7 @@ export function inspector(store, act) {
 
 const copy = (what, text, act) => button({ key: `copy ${what}`, class: "small", onclick: () => act("copy", text, what), "aria-label": `Copy the ${what}` }, "Copy");
 
-const pinSeed = (act) => button({ key: "pin", class: "small", onclick: () => act("pinSeed"), title: "Keep this seed whatever becomes of the story's" }, "Keep this seed");
+const pinSeed = (act) => button({ key: "pin", class: "small", onclick: () => act("pinSeed") }, "Keep this seed");
 
 /** A shot as it stands in a story file. */
 export function asStory(shot, take) {

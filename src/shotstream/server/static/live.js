@@ -31,6 +31,7 @@ export class LiveFeed {
   #fresh = true; // the next fragments belong to a timeline that the element has not seen
   #init = null;
   #awaitsInit = false;
+  #moved = { to: 0, at: 0 }; // where the play head was last, and since when
 
   /** @param on.marker(Marker) when a shot begins to arrive; on.changed() when something to show changed */
   constructor(video, img, on) {
@@ -232,6 +233,10 @@ export class LiveFeed {
     if (!video.buffered.length) return this.on.changed();
     if (!this.#range()) video.currentTime = this.#next();
     const { ahead } = this;
+    const now = performance.now();
+    if (video.currentTime !== this.#moved.to || video.paused) this.#moved = { to: video.currentTime, at: now };
+    this.stalled = now - this.#moved.at > 400;
+    if (now - this.#moved.at > 2000 && ahead > START) video.currentTime += EPSILON; // asleep over a small hole
     const whole = this.marker()?.t1 != null;
     if (!this.paused && video.paused && (ahead >= START || (whole && ahead > EPSILON))) video.play().catch(() => {});
     video.playbackRate = ahead > this.chunk + 4 ? 1.3 : ahead > this.chunk + 0.1 ? 1.15 : 1;

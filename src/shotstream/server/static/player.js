@@ -17,7 +17,7 @@ export class Player {
   #back = { take: null, video: null };
   #compared = [];
   #wanted = 0; // counts loads: only the last one asked for is shown
-  #loading = false;
+  #aim = null; // the frame asked for, until it is on the screen
   #now = { shot: null, take: null, frame: 0 };
 
   /** @param {Store} store  @param on.position(shot, fraction)  @param on.act(action name) */
@@ -92,7 +92,8 @@ export class Player {
     this.#front.video.pause();
     this.feed.play();
     const last = this.segments.at(-1);
-    if (!this.feed.hasPicture && last) this.#show(last, last.frames - 1, false);
+    if (this.feed.hasPicture) this.#liveFrame(this.live.currentTime);
+    else if (last) this.#show(last, last.frames - 1, false);
     this.paint();
   }
 
@@ -130,7 +131,7 @@ export class Player {
   /** One frame on or back, over cuts. */
   async step(by) {
     if (this.mode === "compare") return this.#stepBoth(by);
-    const { shot, take, frame } = this.#now;
+    const { shot, take, frame } = this.#aim ?? this.#now;
     if (!shot || !this.store.take(take)) return this.feed.pause();
     this.#replay();
     this.#front.video.pause();
@@ -194,7 +195,7 @@ export class Player {
 
   async #show({ shot, take }, frame, play) {
     const wanted = ++this.#wanted;
-    this.#loading = true;
+    this.#aim = { shot, take, frame };
     let view = this.#front;
     if (view.take !== take) {
       view = this.#back;
@@ -203,7 +204,7 @@ export class Player {
     }
     await this.#toFrame(view.video, frame);
     if (wanted !== this.#wanted) return;
-    this.#loading = false;
+    this.#aim = null;
     if (view !== this.#front) {
       this.#front.video.pause();
       [this.#front, this.#back] = [this.#back, this.#front];
@@ -232,6 +233,7 @@ export class Player {
 
   #unload() {
     this.#wanted++;
+    this.#aim = null;
     for (const view of [this.#front, this.#back]) {
       view.take = null;
       view.video.removeAttribute("src");
@@ -348,9 +350,9 @@ export class Player {
     return !this.store.running && !this.store.waiting.length && this.#atEdge;
   }
 
-  /** Has everything that came been shown? The last frame of a stream may stay a frame away. */
+  /** Has everything that came been shown? Browsers stop up to two frames before the end of a stream. */
   get #atEdge() {
-    return this.feed.ahead < 1.6 / this.fps;
+    return this.feed.stalled || this.feed.ahead < 1.6 / this.fps;
   }
 
   // ---- two takes
@@ -481,7 +483,7 @@ export class Player {
     if (!store.shots.length) return { what: "An empty story", more: "Write its first shot.", act: "new", label: "Write", block: true };
     if (this.mode === "live") return this.#whyLive();
     if (this.mode === "replay" && this.#front.failed) return { what: "This take cannot be played", more: "Its file may be gone. Make it again with Redo." };
-    if (this.#loading && !this.#now.shot) return { what: "Loading the take" };
+    if (this.#aim && !this.#now.shot) return { what: "Loading the take" };
     return null;
   }
 

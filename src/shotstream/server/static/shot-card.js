@@ -40,7 +40,7 @@ function reading(store, shot, act) {
       { class: "row actions" },
       tool("edit", "edit", "Edit", "E", act),
       made && !planned && tool("again", "redo", "Redo", "R", act),
-      tool("branch", "branch", "Branch", "B", act, "A branch that begins with the story up to this shot"),
+      tool("branch", "branch", "Branch", "B", act, "Branch after this shot"),
       planned && tool("left", "earlier", "Earlier", null, act),
       planned && tool("right", "later", "Later", null, act),
       planned && tool("bin", "delete", "Delete", null, act),

@@ -188,8 +188,7 @@ const RECEIVE = {
     if (this.selected && !this.shot(this.selected)) this.selected = null;
     if (this.document.status !== "loading") this.loading = null;
   },
-  shot_started({ shot, context }) {
-    this.stats.context = { shot, frames: context };
+  shot_started({ shot }) {
     return `Shot ${this.number(shot)} started`;
   },
   chunk(event) {

@@ -49,11 +49,11 @@ export function timelineHead(store, act) {
     stats(store, act),
     doc.status === "paused"
       ? button({ key: "play", class: "small strong", onclick: () => act("play") }, icon("play"), "Go on making")
-      : button({ key: "pause", class: "small", disabled: !busy, onclick: () => act("pause"), "aria-label": "Pause making", title: "Nothing new starts; the part under way is finished (G)" },
+      : button({ key: "pause", class: "small", disabled: !busy, onclick: () => act("pause"), "aria-label": "Pause making", title: "Nothing new starts (G)" },
           icon("pause"),
           h("span", { class: "label-text" }, "Pause making"),
         ),
-    button({ key: "stop", class: "small", disabled: !store.running, onclick: () => act("stop"), "aria-label": "Stop shot", title: "Stop the shot being made and keep what there is of it (S)" },
+    button({ key: "stop", class: "small", disabled: !store.running, onclick: () => act("stop"), "aria-label": "Stop shot", title: "Keep what there is of it (S)" },
       icon("stop"),
       h("span", { class: "label-text" }, "Stop shot"),
     ),

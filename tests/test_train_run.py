@@ -1,0 +1,136 @@
+"""Laws of the bookkeeping: random numbers belong to samples, checkpoints appear whole, logs can be read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import CONFIG, model, settings, train, write_stories
+
+from shotstream.data.batch import Share
+from shotstream.data.storybook import Stories
+from shotstream.errors import Failure
+from shotstream.pipeline import load
+from shotstream.train import checkpoint, ode
+from shotstream.train.checkpoint import File
+from shotstream.train.draws import Draws
+from shotstream.train.network import Network
+from shotstream.train.ode import ODEConfig, Pairs
+from shotstream.train.run import Log, RunConfig, learning_scale
+
+
+def test_processes_share_the_noise_and_the_decisions_of_one() -> None:
+    whole = Draws(3, 5)
+    halves = [Draws(3, 5, Share(rank, 2)) for rank in range(2)]
+    for _ in range(2):  # the second call draws other numbers
+        noise = whole.noise((4, 2, 3))
+        assert torch.equal(torch.cat([half.noise((2, 2, 3)) for half in halves]), noise)
+        assert torch.equal(torch.cat([half.uniform(2, 3) for half in halves]), whole.uniform(4, 3))
+        assert torch.equal(torch.cat([half.normal(1.0, 2.0, 2) for half in halves]), whole.normal(1.0, 2.0, 4))
+        assert torch.equal(torch.cat([half.integers(9, 2, 3) for half in halves]), whole.integers(9, 4, 3))
+        assert {half.rng.random() for half in halves} == {whole.rng.random()}
+
+
+def test_noise_is_normal_and_never_the_same() -> None:
+    draws = Draws(0)
+    parts = [draws.noise((3, 4000)), draws.noise((3, 4000)), Draws(0, 1).noise((3, 4000)), Draws(1).noise((3, 4000))]
+    rows = torch.cat(parts)
+    assert abs(float(rows.mean())) < 0.02 and abs(float(rows.std()) - 1) < 0.02
+    correlations = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert float(correlations.abs().max()) < 0.08
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(torch.nn.Linear(2, 2), RunConfig(dtype="float32"))
+    file = File(tmp_path)
+    file.write({"network": network}, 1)
+
+    def cut_short(state: object, out: object) -> None:
+        out.write(b"half of it")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(OSError, match="No space"):
+        file.write({"network": network}, 2)
+    assert file.read({"network": network}) == 1
+    assert checkpoint.newest_folder(tmp_path / "none") is None
+
+
+def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    for name, whole in (("00000002", True), ("00000010", False), ("notes", True)):
+        (tmp_path / name).mkdir()
+        if whole:
+            (tmp_path / name / ".metadata").touch()
+    assert checkpoint.newest_folder(tmp_path) == tmp_path / "00000002"
+
+
+def test_logs_and_curves(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    folder = write_stories(tmp_path / "stories")
+    train("teacher", folder, settings(tmp_path / "run", steps=4, log_every=2, tensorboard=True))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and lines[-1]["eta_min"] == 0
+    assert all(line["samples_per_s"] > 0 and line["norm"] > 0 for line in lines)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_wanted_curves_without_tensorboard_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(Failure, match=r"pip install 'shotstream\[train\]'"):
+        Log(tmp_path, tensorboard=True)
+
+
+def test_learning_rates_rise_and_fall() -> None:
+    config = RunConfig(steps=110, warmup=10, final=0.1)
+    scales = [learning_scale(step, config) for step in range(111)]
+    assert (
+        scales[0] == 0.1 and scales[9] == 1 and scales[60] == pytest.approx(0.55) and scales[110] == pytest.approx(0.1)
+    )
+
+
+def test_the_average_follows_the_masters(tmp_path: Path) -> None:
+    network = Network(
+        torch.nn.Linear(1, 1, bias=False), RunConfig(dtype="float32", optimizer="adamw", ema=0.9, lr_adam=1.0)
+    )
+    values = [network.masters.weight.item()]
+    for _ in range(30):
+        network.compute.weight.grad = torch.ones(1, 1)
+        network.step(1.0)
+        values.append(network.masters.weight.item())
+        assert torch.equal(network.compute.weight, network.masters.weight)
+    expected = values[0]
+    for update, value in enumerate(values[1:], 1):
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * value
+    assert network.ema.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_muon_cannot_be_sharded() -> None:
+    with pytest.raises(ValueError, match=r"adamw with runs\.shard=true"):
+        Network(torch.nn.Linear(2, 2), RunConfig(shard=True))
+
+
+def test_pairs_are_shared_and_kinds_are_not_mixed(tmp_path: Path) -> None:
+    stories = Stories(write_stories(tmp_path / "stories"), load("tiny").text)
+    cfg = ODEConfig(euler_steps=4, first_shots=0.5)
+    ode.write_pairs(tmp_path / "pairs", model(0), stories, CONFIG, cfg, shards=6, size=2)
+    pairs = Pairs(tmp_path / "pairs")
+    assert set(pairs.context) == {0, 6} and pairs.size == 2
+    for step in range(4):
+        whole, states = pairs.batch(Draws(0, step), 8)
+        halves = [pairs.batch(Draws(0, step, Share(rank, 2)), 8) for rank in range(2)]
+        assert len(states) == 8 and torch.equal(torch.cat([s for _, s in halves]), states)
+        assert torch.equal(torch.cat([b.words[b.index] for b, _ in halves]), whole.words[whole.index])
+        assert torch.equal(torch.cat([b.latents for b, _ in halves]), whole.latents)
+
+
+def test_batches_are_shared(tmp_path: Path) -> None:
+    stories = Stories(write_stories(tmp_path / "stories"), load("tiny").text)
+    whole = stories.batch(np.random.default_rng(1), 4, "next")
+    halves = [stories.batch(np.random.default_rng(1), 4, "next", share=Share(rank, 2)) for rank in range(2)]
+    assert torch.equal(torch.cat([h.latents for h in halves]), whole.latents)
+    assert torch.equal(torch.cat([h.words[h.index] for h in halves]), whole.words[whole.index])
