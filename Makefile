@@ -2,7 +2,8 @@
 #
 #     make demo           a five-shot story with the built-in model: out/lantern.mp4, out/lantern.png
 #     make serve          the director's console in the browser, with the built-in model
-#     make test           every test                                   (make test ARGS="-k session")
+#     make test           the tests                                    (make test ARGS="-k session")
+#     make test-slow      the long ones: many kills, fuzzing, whole recipes
 #     make check          ruff and mypy
 #     make train-smoke    the whole training recipe at a tiny size, in runs/smoke
 #
@@ -14,10 +15,10 @@ PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check train-smoke
+.PHONY: help demo serve test test-slow check train-smoke
 
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 demo: $(VENV)/installed
 	@mkdir -p out
@@ -29,9 +30,14 @@ serve: $(VENV)/installed
 	$(BIN)/shotstream serve $(ARGS)
 
 # One thread: the networks of the tests are tiny, and more would only wait for each other.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
 test: $(VENV)/installed-test $(VENV)/browser
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/installed-test $(VENV)/browser
+	$(PYTEST) -m slow $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check

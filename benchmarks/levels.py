@@ -19,11 +19,11 @@ import torch
 
 from shotstream.data.storybook import Stories, write_shards
 from shotstream.evaluation.commands import TEST_SEED
-from shotstream.flow import add_noise, to_x0
+from shotstream.flow import TIMESTEPS, add_noise, to_x0
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.pipeline import load
 from shotstream.train.recipe import RECIPES, fresh, load_weights
-from shotstream.train.teacher import TIMESTEPS, places
+from shotstream.train.model import after
 
 LEVELS = (0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
 
@@ -43,8 +43,7 @@ def errors(path: Path, stories: int) -> dict[str, list[float]]:
     others[:, :n] = others[:, :n].roll(1, dims=0)
     table: dict[str, list[float]] = {}
     for level in LEVELS:
-        sigmas = torch.full(batch.latents.shape[:2], level)
-        sigmas[:, :n] = 0
+        sigmas = after(n, torch.full((stories, batch.latents.shape[1] - n), level))
         row = []
         for latents, words in (
             (batch.latents, batch.words),
@@ -53,7 +52,7 @@ def errors(path: Path, stories: int) -> dict[str, list[float]]:
         ):
             x = add_noise(latents, noise, sigmas)
             text = model.read(words, batch.index)
-            velocity = model.dit(x, sigmas * TIMESTEPS, text, places(model.dit, batch.positions, batch.flags, x.shape))
+            velocity = model.dit(x, sigmas * TIMESTEPS, text, model.places(batch))
             error = (to_x0(x, velocity, sigmas) - batch.latents)[:, n:].square().mean(2)
             row.append(round(float((error * cast).sum() / cast.sum()), 3))
         table[str(level)] = row

@@ -308,6 +308,7 @@ class Roll:
         newest = self.memory.newest
         if newest is None:
             return
+        self.memory.store.forget(newest.frames)  # a commit that was interrupted is made again
         with torch.no_grad():
             self._forward("commit", newest.frames, newest.text, write=True)(newest.latents, 0.0)
         self.memory.newest = None

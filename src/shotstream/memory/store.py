@@ -43,6 +43,12 @@ class FrameStore:
         }
         self._clear()
 
+    def forget(self, frames: Iterable[Frame]) -> None:
+        """Drop these frames, if they are here."""
+        for frame in frames:
+            self.kept.pop(frame, None)
+        self._clear()
+
     def _clear(self, changed: Frame | None = None) -> None:
         """Only what is kept may be read again: a frame can be forgotten, made anew and have the same name."""
         for rows in self.desk:
