@@ -22,8 +22,8 @@ from shotstream.evaluation.commands import TEST_SEED
 from shotstream.flow import TIMESTEPS, add_noise, to_x0
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.pipeline import load
-from shotstream.train.recipe import RECIPES, fresh, load_weights
 from shotstream.train.model import after
+from shotstream.train.recipe import RECIPES, fresh, load_weights
 
 LEVELS = (0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
 

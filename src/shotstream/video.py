@@ -22,7 +22,8 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -138,6 +139,8 @@ def _to_numpy(frames: Array) -> np.ndarray:
 class VideoWriter:
     """Writes shots to an .mp4, .webm or .gif file, with a chapter per shot (GIF has none).
 
+    A thread of its own encodes them while the next ones are made; what fails there is raised by the next call.
+
     path: the final name, replaced only when the new file is whole.
     fps: frames per second. size: width and height of the frames given.
     scale: enlarge by this factor (Lanczos). title, comment: metadata (GIF has none). chapters: False leaves them out.
@@ -173,6 +176,8 @@ class VideoWriter:
         self._closed = False
         self._bytes = 4 * len(title + comment)  # of the whole file, all but the index
         self._temporary = _unfinished(self.path)
+        self._encoder = ThreadPoolExecutor(1, "encoder")
+        self._job: Future[None] | None = None  # the frames being encoded
         self._open(title, comment)
 
     def __enter__(self) -> Self:
@@ -196,22 +201,21 @@ class VideoWriter:
         self._title = title
 
     def write(self, frames: Array) -> None:
-        """Append frames, uint8 `f h w 3`, to the shot under way."""
+        """Append frames, uint8 `f h w 3`, to the shot under way. They must not change any more."""
         if self._title is None:
             raise ValueError("write() before begin_shot()")
         frames = _to_numpy(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self.size[::-1], 3):
             wanted = f"uint8 (f, {self.size[1]}, {self.size[0]}, 3)"
             raise ValueError(f"frames are {frames.dtype} {frames.shape}, not {wanted}")
-        with _explained(self.path):
-            for frame in frames:
-                self._packets += self._stream.encode(self._picture(frame))
-                self._next += 1
+        self._wait()  # for the frames before: memory stays bounded, and errors come soon
+        self._job = self._encoder.submit(self._encode, frames)
 
     def end_shot(self) -> None:
         """The shot under way is finished: from now on it is kept, whatever happens."""
         if self._title is None:
             return
+        self._wait()
         title, start, self._title = self._title, self.frames, None
         if self._next == start:
             return
@@ -239,10 +243,23 @@ class VideoWriter:
 
     def abort(self) -> None:
         """Drop the shot under way; the finished ones become the file. Without any (`shots` is 0), no file."""
+        with suppress(VideoError):  # whatever its frames came to, the shot is dropped
+            self._wait()
         self._title, self._packets = None, []
         self._finish()
 
     # Inside
+
+    def _encode(self, frames: np.ndarray) -> None:
+        with _explained(self.path):
+            for frame in frames:
+                self._packets += self._stream.encode(self._picture(frame))
+                self._next += 1
+
+    def _wait(self) -> None:
+        job, self._job = self._job, None
+        if job:
+            job.result()
 
     def _open(self, title: str, comment: str) -> None:
         kind = self._format
@@ -298,6 +315,7 @@ class VideoWriter:
         if self._closed:
             return
         self._closed = True
+        self._encoder.shutdown()
         try:
             with _explained(self.path):
                 if self.shots:
