@@ -196,12 +196,12 @@ def test_steering_where_it_is_allowed(tmp_path):
     with serving(tmp_path, experimental=True) as client:
         session = new(client)
         with listening(client, session) as events:
-            do(client, session, "cut", caption="a bear", chunks=20)
+            do(client, session, "cut", caption="a bear", chunks=64)
             event(events, "chunk")
             do(client, session, "steer", caption="a frog")
             done = event(events, "shot_done")
         take = client.get(session).json()["takes"][done["take"]]
-        assert [prompt for _, prompt in take["steered"]] == ["a frog"] and take["frames"] == 9 + 19 * 12
+        assert [prompt for _, prompt in take["steered"]] == ["a frog"] and take["frames"] == 9 + 63 * 12
         assert client.get(f"{session}/takes/{done['take']}.mp4").status_code == 200
 
 

@@ -100,6 +100,7 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
     return state(recognise([path], [dit_network(CONFIG.dit)]), torch.float32, "cpu")
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named(recipe: Recipe, root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="cache-latents"):
         run_stage(recipe, "next", tmp_path, [])

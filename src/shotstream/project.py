@@ -486,9 +486,7 @@ class Project:
             return []
         request, self.running = self.running.request, None
         if take:
-            self.takes.setdefault(take.id, take)
-            if self.takes[take.id].partial:
-                self.takes[take.id] = take
+            self.takes[take.id] = take
         return [{"type": "shot_stopped", "shot": request.shot, "take": take.id if take else None}]
 
     # Commands
