@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from shotstream.memory.policies import POLICIES
 from shotstream.pipeline import Pipeline, build
 from shotstream.pipeline import load as load_model
 from shotstream.project import CommandError
+from shotstream.rollout import Roll
 from shotstream.session import Session
 from shotstream.story import Story, StoryError
 from shotstream.take import FolderShelf, Maker, MemoryShelf, model_of
@@ -245,6 +247,33 @@ def test_whatever_the_memory_policy(pipeline, tmp_path, policy):
         assert shown(again) == expected
 
 
+def test_a_story_that_is_told_on_needs_no_replay(pipeline, monkeypatch):
+    monkeypatch.setattr(Roll, "replay", None)
+    session = Session(pipeline, unpinned(), policy="longlive")
+    for chunk in session.stream():
+        assert chunk.shot.index < 2 or chunk.index == 0
+        if (chunk.shot.id, chunk.index) == ("cat", 0):
+            break
+    session.edit("cat", caption="a blue duck")  # of a shot that was begun, too
+    assert stream(session) == ["cat", "end"]
+
+
+@pytest.mark.parametrize("policy", ["longlive", "self-forcing-window"])
+def test_a_steered_take_is_replayed_with_all_its_words(pipeline, tmp_path, policy):
+    session = Session(pipeline, unpinned(), tmp_path, policy=policy)
+    for chunk in session.stream():
+        if (chunk.shot.id, chunk.index) == ("enter", 0):
+            session.steer("a blue duck at night")
+    expected = shown(session)
+    session.close()
+    with Session(pipeline, project=tmp_path, policy=policy) as again:
+        assert stream(again) == [] and shown(again) == expected
+        shutil.rmtree(tmp_path / "takes" / again.project.line()[1])
+    with Session(pipeline, project=tmp_path, policy=policy) as again:
+        assert stream(again) == ["close"]
+        assert shown(again) == expected
+
+
 # -- while it runs
 
 
@@ -344,6 +373,17 @@ def test_everything_that_happens_is_told(pipeline):
             document |= {key: value for key, value in event.items() if key not in ("n", "rev", "type")}
     assert document == session.document()
     assert json.loads(json.dumps(events)) == json.loads(json.dumps(events, default=str))
+
+
+def test_steering_by_a_shots_own_words_changes_nothing_but_its_name(pipeline, reference):
+    session = Session(pipeline, STORY)
+    for chunk in session.stream():
+        if (chunk.shot.id, chunk.index) == ("enter", 0):
+            session.steer(STORY.shots[0].caption)
+    assert shown(session) == reference
+    plain = Session(pipeline, STORY)
+    stream(plain)
+    assert set(session.project.takes).isdisjoint(plain.project.takes)
 
 
 def test_steering_is_kept_with_the_take_and_replayed(pipeline, reference, tmp_path):
@@ -479,9 +519,9 @@ def test_a_stream_that_was_forgotten_does_not_end_the_next(pipeline, reference):
     forgotten = session.stream()
     next(forgotten)
     chunks = session.stream()
-    next(chunks)
+    assert [(c.shot.id, c.index) for c in itertools.islice(chunks, 3)] == [("enter", 1), ("close", 0), ("cat", 0)]
     forgotten.close()
-    assert [chunk.shot.id for chunk in chunks if chunk.is_last] == ["close", "cat", "end"]
+    assert [(c.shot.id, c.index) for c in chunks] == [("cat", 1), ("end", 0), ("end", 1)]
     assert shown(session) == reference
 
 
@@ -492,6 +532,7 @@ def test_a_replay_is_what_was_streamed(pipeline):
     assert [(c.shot, c.index, c.chunks, c.is_last, c.take) for c in told] == [
         (c.shot, c.index, c.chunks, c.is_last, c.take) for c in streamed
     ]
+    assert [c.shot.id for c in session.tell(2, 3)] == ["close", "cat", "cat"]
     for ours, theirs in zip(told, streamed, strict=True):
         assert np.array_equal(ours.frames, theirs.frames)
         assert torch.equal(ours.latents, theirs.latents)

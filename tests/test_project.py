@@ -718,6 +718,23 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         assert len(folder.load(MODEL).places) == 4
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    project = saved(tmp_path)
+    before = (tmp_path / "project.json").read_bytes()
+
+    def fail(self: Path, target: Path) -> None:
+        assert (tmp_path / "project.json").read_bytes() == before
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    project.pause()
+    with Folder(tmp_path) as folder, pytest.raises(OSError, match=r"Input/output error: '.*project\.json'"):
+        folder._story = project.story()
+        folder.save(project)
+    assert (tmp_path / "project.json").read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_folder_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -216,9 +216,8 @@ def tensor_bytes(tensors: list[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def held(session: Session) -> dict[str, int]:
+def held(session: Session, roll: Roll) -> dict[str, int]:
     takes, maker = session._shelf.takes.values(), session._maker
-    roll = maker._open[1]
     kept = [t for layers in roll.memory.store.kept.values() for kv in layers for t in kv]
     texts = [t for text in (*maker._texts.values(), *roll.prompts.known.values()) for t in (*text.keys, *text.values)]
     return {
@@ -231,15 +230,19 @@ def held(session: Session) -> dict[str, int]:
     }
 
 
-def test_memory_is_bounded_over_fifty_shots(pipeline):
+def test_memory_is_bounded_over_fifty_shots(pipeline, monkeypatch):
     session = Session(few_steps(pipeline))
+    rolls, new_roll = [], Maker._new_roll
+    monkeypatch.setattr(Maker, "_new_roll", lambda self, policy: rolls.append(new_roll(self, policy)) or rolls[-1])
     tokens, hook = [], pipeline.dit.register_forward_hook(lambda _, x, y: tokens.append(x[0].shape[1]))
     sizes, work = [], []
     for shot in range(50):
         tokens.clear()
         make_shot(session, CAPTIONS[shot % 4], chunks=2)
-        sizes.append(held(session))
-        work.append((list(tokens), len(session._maker._open[1].memory.frames)))
+        (roll,) = rolls
+        rolls.clear()
+        sizes.append(held(session, roll))
+        work.append((list(tokens), len(roll.memory.frames)))
     hook.remove()
     steady = sizes[KEPT]
     assert sizes[KEPT:] == [steady] * (50 - KEPT)

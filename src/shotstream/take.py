@@ -34,7 +34,7 @@ from shotstream.models.dit import Text
 from shotstream.models.text import Words
 from shotstream.pipeline import Pipeline
 from shotstream.project import Model, Request, after
-from shotstream.rollout import Prompts, Roll, SeededNoise, Stills, new_memory
+from shotstream.rollout import Memory, Prompts, Roll, SeededNoise, Stills, new_memory
 
 KEPT = 16  # takes whose latents a shelf in memory holds
 STEERED = 1_000_000  # numbers of prompts inside a shot begin here; no shot has them
@@ -173,7 +173,7 @@ class Maker:
         self.pipeline = pipeline
         self.policy, self.schedule = choose(policy, pipeline.config)
         self._texts: OrderedDict[str, Text] = OrderedDict()  # the prompts read last
-        self._open: tuple[str, Roll] | None = None  # a roll that has gone through all takes of this past
+        self._memory: tuple[str, Memory] | None = None  # what a roll remembers after all takes of this past
 
     @torch.no_grad()
     def make(self, request: Request, shelf: Shelf) -> Generator[Chunk, str | None, None]:
@@ -182,13 +182,11 @@ class Maker:
         Experimental: a prompt sent in (`send`) is what the shot reads from the next chunk on.
         """
         vae, wanted = self.pipeline.vae, self._wanted(request.frames)
-        state, first, stills = None, 0, dict[int, Tensor]()
+        state, first, stills, steered = None, 0, dict[int, Tensor](), False
         began = time.perf_counter()
-        roll = self._roll(request, shelf)
+        roll, context = self._roll(request, shelf), self._context(request, shelf)
         noise = SeededNoise(request.seed, request.number)
-        for index, latents in enumerate(
-            roll.shot(request.number, request.chunks, noise, self._context(request, shelf))
-        ):
+        for index, latents in enumerate(roll.shot(request.number, request.chunks, noise, context)):
             denoised = time.perf_counter()
             frames, state = vae.decode(latents, state)
             frames = frames[0].float().clamp(-1, 1)
@@ -196,7 +194,7 @@ class Maker:
             first += len(frames)
             if is_last := index + 1 == request.chunks:
                 stills |= self._encoded(kept)
-                self._open = after(request.past, request.take), roll
+                self._remember(request, roll, first, steered)
             done = time.perf_counter()
             prompt = yield Chunk(
                 frames=to_uint8(frames),
@@ -213,6 +211,7 @@ class Maker:
             if not is_last:
                 stills |= self._encoded(kept)  # not before: the chunk is on its way by now
             if prompt is not None:
+                steered = True
                 roll.steer(STEERED + index + 1, self.pipeline.text.encode([prompt]))
 
     @torch.no_grad()
@@ -271,14 +270,22 @@ class Maker:
             numbers = sorted({request.line.index(still.take) for still in request.context if still.take})
             roll.prompts.known = {i: self._text(request.prompts[i]) for i in numbers}
         else:
-            opened, self._open = self._open, None
-            roll = opened[1] if opened and opened[0] == request.past else self._replayed(request, shelf)
-            roll.prompts.known = {}
+            if self._memory is None or self._memory[0] != request.past:
+                self._memory = request.past, self._replayed(request, shelf)
+            roll = self._new_roll(self.policy)
+            roll.memory = self._memory[1].fork()  # an interrupted shot can begin again
         roll.memory.shots = request.lengths
         roll.prompts.known[request.number] = self._text(request.prompt)
         return roll
 
-    def _replayed(self, request: Request, shelf: Shelf) -> Roll:
+    def _remember(self, request: Request, roll: Roll, frames: int, steered: bool) -> None:
+        """Keep what the next shot may go on from; a steered take is not the one that the request names."""
+        if not isinstance(self.policy, DualBuffer):
+            roll.memory.shots = (*request.lengths, frames)
+            self._memory = None if steered else (after(request.past, request.take), roll.memory)
+
+    def _replayed(self, request: Request, shelf: Shelf) -> Memory:
+        """What a roll remembers after all takes before this one."""
         roll, context = self._new_roll(self.policy), self._context(request, shelf)
         for i, take in enumerate(request.line):
             roll.prompts.known = {i: self._text(request.prompts[i])}
@@ -287,7 +294,7 @@ class Maker:
                 roll.prompts.add(STEERED + chunk, self.pipeline.text.encode([prompt]))
             steered = {chunk: STEERED + chunk for chunk, _ in request.steered[i]}
             roll.replay(i, shelf.latents(take)[None], context, steered)
-        return roll
+        return roll.memory
 
     def _new_roll(self, policy: MemoryPolicy) -> Roll:
         dit, shape = self.pipeline.dit, self.pipeline.config.latent_shape
