@@ -702,6 +702,7 @@ def test_serve_goes_on_with_a_story_it_was_given_before(tmp_path):
         (["missing.yaml"], 2, "no such file"),
         (["."], 2, "holds no project"),
         (["--codec", "theora"], 2, "theora"),
+        (["--policy", "longlife"], 2, "did you mean 'longlive'"),
         (["--port", "1"], 1, "cannot listen"),
     ],
 )

@@ -230,3 +230,18 @@ def test_where_sessions_are_kept(monkeypatch, tmp_path):
     monkeypatch.delenv("SHOTSTREAM_HOME")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_home() == tmp_path / "shotstream"
+
+
+def test_any_policy_is_served_and_a_project_goes_on_with_it(tmp_path):
+    def takes(home, **options):
+        with serving(home, **options) as client:
+            session = new(client, "a green bear", "the bear sits", seed=3, project="story")
+            return [shot["take"] for shot in until(client, session, "done", "done")["shots"]]
+
+    own, longlive = takes(tmp_path / "own"), takes(tmp_path / "longlive", policy="longlive")
+    assert not {*own} & {*longlive}  # a take's id tells by which policy it was made
+    with serving(tmp_path / "longlive", policy="longlive") as client:
+        session = f"{SESSIONS}/story"
+        assert [shot["take"] for shot in client.get(session).json()["shots"]] == longlive
+        do(client, session, "cut", caption="at night", chunks=1)
+        until(client, session, "done", "done", "done")

@@ -55,6 +55,14 @@ def serve(
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help=f"Change a limit: {', '.join(LIMITS)}.")
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What shots remember, as another system has it: self-forcing, longlive, ...",
+            show_default="the model's own",
+        ),
+    ] = None,
     experimental: Annotated[bool, typer.Option(help="Allow `steer`: change the prompt inside a shot.")] = False,
 ) -> None:
     """Open the director's console: type a shot, watch it being made, redo, branch, keep."""
@@ -64,6 +72,8 @@ def serve(
             from shotstream.server.studio import Studio, default_home
         except ModuleNotFoundError as error:
             raise Failure(f"{error.name} is missing; pip install 'shotstream'", MISSING) from None
+        if policy is not None:
+            _known(policy)
         if not available(codec):
             raise Failure(f"--codec {codec}: this machine has no encoder for it; use h264 or vp9", USAGE)
         studio = Studio(
@@ -74,10 +84,20 @@ def serve(
             threads=threads,
             experimental=experimental,
             limits=_limits(limit or []),
+            policy=policy,
         )
         session = _expected(studio, start) if start else ""
         studio.home.mkdir(parents=True, exist_ok=True)
         _run(studio, host, port, token, tuple(allow_host or ()), session, open_browser)
+
+
+def _known(policy: str) -> None:
+    from shotstream.memory.policies import PolicyError, named
+
+    try:
+        named(policy)
+    except PolicyError as error:
+        raise Failure(f"--policy {error}", USAGE) from None
 
 
 def _limits(assignments: list[str]) -> Limits:

@@ -41,7 +41,9 @@ from shotstream.take import Chunk, FolderShelf, Maker, MemoryShelf, model_of, to
 MAKERS = 32  # projects whose texts are remembered
 
 
-def prepared(connection: Connection, model: str, device: str, threads: int | None) -> Desk | None:
+def prepared(
+    connection: Connection, model: str, device: str, threads: int | None, policy: str | None
+) -> Desk | None:
     """Load the model and warm it up, saying how far that is; None if that cannot be done, after saying why."""
     began = time.monotonic()
     connection.send(Phase("loading the model", 0.4))
@@ -54,14 +56,14 @@ def prepared(connection: Connection, model: str, device: str, threads: int | Non
         connection.send(NoModel(str(error)))
         return None
     connection.send(Phase("warming up", 0.7))
-    trial = Project(model_of(pipeline))
+    trial = Project(model_of(pipeline), policy=policy)
     trial.cut("a story")
     request = trial.next_shot()
     assert request
-    for _ in Maker(pipeline).make(request, MemoryShelf()):
+    for _ in Maker(pipeline, policy).make(request, MemoryShelf()):
         pass
     connection.send(Ready(trial.model, device, time.monotonic() - began))
-    return Desk(connection, pipeline, device)
+    return Desk(connection, pipeline, device, policy)
 
 
 @dataclass
@@ -130,9 +132,10 @@ class Replaying:
 class Desk:
     """The jobs of a worker, and who makes them: a maker per project, for it remembers the texts read last."""
 
-    def __init__(self, connection: Connection, pipeline: Pipeline, device: str) -> None:
+    def __init__(self, connection: Connection, pipeline: Pipeline, device: str, policy: str | None = None) -> None:
         self.connection = connection
         self.pipeline = pipeline
+        self.policy = policy
         self.device = device
         self.jobs: dict[str, Job | Replaying] = {}
         self.makers: dict[Path, Maker] = {}
@@ -195,7 +198,7 @@ class Desk:
         self.jobs[order.job] = Replaying(self._maker(order.folder).decode(latents))
 
     def _maker(self, folder: Path) -> Maker:
-        maker = self.makers.pop(folder) if folder in self.makers else Maker(self.pipeline)
+        maker = self.makers.pop(folder) if folder in self.makers else Maker(self.pipeline, self.policy)
         if len(self.makers) >= MAKERS:
             del self.makers[next(iter(self.makers))]
         self.makers[folder] = maker

@@ -64,7 +64,9 @@ class Station:
 class Pool:
     """The workers. devices: one worker each. `hear` of the keepers is called in their threads, the rest on the loop."""
 
-    def __init__(self, model: str, devices: Sequence[str], threads: int | None, in_process: bool) -> None:
+    def __init__(
+        self, model: str, devices: Sequence[str], threads: int | None, policy: str | None, in_process: bool
+    ) -> None:
         self.model: Model | None = None  # once a worker has loaded it
         self.restarts = 0
         self._jobs: dict[str, tuple[Station, Live]] = {}
@@ -72,7 +74,7 @@ class Pool:
         self._stations: list[Station] = []
         for number, device in enumerate(devices):
             hear = partial(self._hear, number)
-            self._stations.append(Station(Worker(model, device, threads, in_process, hear), device))
+            self._stations.append(Station(Worker(model, device, threads, policy, in_process, hear), device))
 
     def start(self, listener: Listener) -> None:
         self._loop = asyncio.get_running_loop()

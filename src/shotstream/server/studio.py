@@ -40,7 +40,7 @@ class Studio:
 
     home: folder of the sessions. model, device: for the workers, one per device ("cuda:0,cuda:1"). codec: of take
     files, and of viewers that play it. threads: of a worker on a CPU. experimental: allow `steer`.
-    in_process: the worker is a thread, for tests and notebooks.
+    in_process: the worker is a thread, for tests and notebooks. policy: a system's memory, instead of the model's own.
     """
 
     def __init__(
@@ -54,14 +54,16 @@ class Studio:
         in_process: bool = False,
         experimental: bool = False,
         limits: Limits | None = None,
+        policy: str | None = None,
     ) -> None:
         self.home = home
+        self.policy = policy
         self.codec = codec
         self.experimental = experimental
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self.lives: dict[str, Live] = {}
-        self.pool = Pool(model, device.split(","), threads, in_process)
+        self.pool = Pool(model, device.split(","), threads, policy, in_process)
         self._served = model
         self.hopeless = asyncio.Event()  # the model cannot be loaded
         self._known = asyncio.Event()  # the model, or that there is none
@@ -184,7 +186,7 @@ class Studio:
             if live := self.lives.get(id):
                 return live
             await self._make_room()
-            folder, project = await asyncio.to_thread(_open_folder, path, model, id, story, seed, title)
+            folder, project = await asyncio.to_thread(_open_folder, path, model, id, story, seed, title, self.policy)
             project.loading = not self.pool.ready
             live = self.lives[id] = Live(self, project, folder)
             live.save()
@@ -275,17 +277,23 @@ def _summary(id: str, path: Path, story: Story | None, is_open: bool) -> dict[st
 
 
 def _open_folder(
-    path: Path, model: Model, id: str, story: Story | None, seed: int | None, title: str | None
+    path: Path,
+    model: Model,
+    id: str,
+    story: Story | None,
+    seed: int | None,
+    title: str | None,
+    policy: str | None,
 ) -> tuple[Folder, Project]:
     """The folder, locked, and the project in it; or a new one. Raises ProjectError."""
     folder = Folder(path)
     try:
         if folder.there:
-            project = folder.load(model)
+            project = folder.load(model, policy)
             if story:
                 project.retell(story)
             return folder, project
-        project = Project(model, story, id=id, seed=7 if seed is None else seed)
+        project = Project(model, story, id=id, seed=7 if seed is None else seed, policy=policy)
         if title and not story:
             project.plan = replace(project.plan, base=project.base.model_copy(update={"title": title}))
         folder.save(project)

@@ -168,20 +168,20 @@ News = Phase | Ready | Made | Whole | Replayed | Stopped | Failed | NoModel | Go
 # In the worker's process
 
 
-def work(connection: Connection, model: str, device: str, threads: int | None) -> None:
+def work(connection: Connection, model: str, device: str, threads: int | None, policy: str | None) -> None:
     """The worker: load the model, then carry out orders until told to end, or until nobody is there any more."""
     with connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(Phase("loading libraries", 0.05))
         from shotstream.server.desk import prepared  # torch: seconds, and only in this process
 
-        desk = prepared(connection, model, device, threads)
+        desk = prepared(connection, model, device, threads, policy)
         if desk:
             desk.serve()
 
 
-def _process(connection: Connection, model: str, device: str, threads: int | None) -> None:
+def _process(connection: Connection, model: str, device: str, threads: int | None, policy: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us to end
-    work(connection, model, device, threads)
+    work(connection, model, device, threads, policy)
 
 
 # In the web process
@@ -194,9 +194,15 @@ class Worker:
     """
 
     def __init__(
-        self, model: str, device: str, threads: int | None, in_process: bool, hear: Callable[[News], None]
+        self,
+        model: str,
+        device: str,
+        threads: int | None,
+        policy: str | None,
+        in_process: bool,
+        hear: Callable[[News], None],
     ) -> None:
-        self._arguments = (model, device, threads)
+        self._arguments = (model, device, threads, policy)
         self._in_process = in_process
         self._hear = hear
         self._connection: Connection | None = None
