@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shotstream.bench.machine import machine
 from shotstream.models.attention import attention
 from shotstream.pipeline import load
 from shotstream.session import Session
@@ -69,19 +68,6 @@ def attention_ratio(queries: int, keys: int, batch: int, rounds: int = 7) -> flo
     return round(float(np.median(times[attention]) / np.median(times[plain])), 2)
 
 
-def machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(names),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="storybook")
@@ -91,7 +77,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     result = {
-        "machine": machine(),
+        "machine": machine(torch.device("cpu")),
         "generation": generation(given.model, given.shots),
         "fused_over_plain_attention": {
             "self, next shot": attention_ratio(288, 288, 32),

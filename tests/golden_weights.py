@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shotstream.config import Config
+from shotstream.pipeline import Pipeline, build
+
 
 def hashed(key: int, count: int) -> np.ndarray:
     """`count` float64 numbers in [-1, 1): 32-bit integer mixing of element index and key."""
@@ -68,3 +71,15 @@ def sharpen(dit: nn.Module) -> None:
             block.self_attn.norm_q.weight *= 1.6
             block.self_attn.norm_k.weight *= 1.6
             block.self_attn.o.weight *= 2.5
+
+
+def sharp_pipeline(config: Config, revision: str = "") -> Pipeline:
+    """A small storybook-family model with random weights under which context, text and places all matter."""
+    torch.manual_seed(0)
+    dit, vae, text = build(config)
+    sharpen(dit)
+    torch.nn.init.normal_(vae.leave.weight, std=0.02)
+    vae.fit(torch.rand(2, 5, 3, config.height, config.width) * 2 - 1)
+    for network in (dit, vae, text):
+        network.float().requires_grad_(False)
+    return Pipeline(config, dit, vae, text, revision)

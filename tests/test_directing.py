@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_weights import sharpen
+from golden_weights import sharp_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from shotstream.config import PRESETS, PatchVAEConfig
 from shotstream.film import generate, plan
 from shotstream.folder import Folder, ProjectError
 from shotstream.memory.policies import POLICIES
-from shotstream.pipeline import Pipeline, build
+from shotstream.pipeline import Pipeline
 from shotstream.pipeline import load as load_model
 from shotstream.project import CommandError
 from shotstream.rollout import Roll
@@ -61,14 +61,7 @@ shots:
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
     """A tiny model with random weights under which context, text and places all matter."""
-    torch.manual_seed(0)
-    dit, vae, text = build(CONFIG)
-    sharpen(dit)
-    torch.nn.init.normal_(vae.leave.weight, std=0.02)
-    vae.fit(torch.rand(2, 5, 3, CONFIG.height, CONFIG.width) * 2 - 1)
-    for network in (dit, vae, text):
-        network.float().requires_grad_(False)
-    return Pipeline(CONFIG, dit, vae, text, "sharp")
+    return sharp_pipeline(CONFIG, "sharp")
 
 
 def shown(session: Session) -> dict[str, bytes]:

@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from golden_weights import sharpen
+from golden_weights import sharp_pipeline
 from torch import Tensor
 
 from shotstream.config import PRESETS, PatchVAEConfig
 from shotstream.memory.plan import Frame
 from shotstream.memory.policies.dual_buffer import DualBuffer
-from shotstream.pipeline import Pipeline, build
+from shotstream.pipeline import Pipeline
 from shotstream.project import Request
 from shotstream.rollout import Prompts, Roll, SeededNoise, Stills, new_memory
 from shotstream.session import Session, Shot, candidates, to_uint8
@@ -49,14 +49,7 @@ PICKS = {
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
     """A tiny model with random weights under which context, text and places all matter."""
-    torch.manual_seed(0)
-    dit, vae, text = build(CONFIG)
-    sharpen(dit)
-    torch.nn.init.normal_(vae.leave.weight, std=0.02)
-    vae.fit(torch.rand(2, 5, 3, CONFIG.height, CONFIG.width) * 2 - 1)
-    for network in (dit, vae, text):
-        network.float().requires_grad_(False)
-    return Pipeline(CONFIG, dit, vae, text)
+    return sharp_pipeline(CONFIG)
 
 
 def few_steps(pipeline: Pipeline, **changes: object) -> Pipeline:
