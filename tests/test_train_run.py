@@ -15,6 +15,7 @@ from shotstream.data.batch import Share
 from shotstream.data.storybook import Stories
 from shotstream.errors import Failure
 from shotstream.pipeline import load
+from shotstream.storybook.world import sample_world
 from shotstream.train import checkpoint, ode
 from shotstream.train.checkpoint import File
 from shotstream.train.draws import Draws
@@ -134,3 +135,22 @@ def test_batches_are_shared(tmp_path: Path) -> None:
     halves = [stories.batch(np.random.default_rng(1), 4, "next", share=Share(rank, 2)) for rank in range(2)]
     assert torch.equal(torch.cat([h.latents for h in halves]), whole.latents)
     assert torch.equal(torch.cat([h.words[h.index] for h in halves]), whole.words[whole.index])
+
+
+def test_pairs_of_characters_are_shown_more_often_when_asked_for(tmp_path: Path) -> None:
+    folder = write_stories(tmp_path / "stories", stories=40)
+    rng = np.random.default_rng(0)
+    rates = []
+    for share in (0.0, 0.5):
+        stories = Stories(folder, load("tiny").text, pairs=share)
+        chosen = [stories._pick(rng, "next", None) for _ in range(400)]
+        assert all(0 < shot < len(sample_world(stories.seeds[story]).shots) for story, shot in chosen)
+        rates.append(np.mean([len(sample_world(stories.seeds[s]).shots[n].cast) == 2 for s, n in chosen]))
+    usual = rates[0]
+    assert rates[1] == pytest.approx(0.5 + 0.5 * usual, abs=0.1) and usual < 0.3
+
+
+def test_a_history_that_no_story_has(tmp_path: Path) -> None:
+    stories = Stories(write_stories(tmp_path / "stories"), load("tiny").text)
+    with pytest.raises(ValueError, match="no story has a shot with 9 shots before it"):
+        stories.batch(np.random.default_rng(1), 4, "next", history=9)

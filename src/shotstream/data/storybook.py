@@ -106,7 +106,9 @@ class Stories:
         paraphrases: int = 4,
         limit: int = 0,
         rule: ContextRule = ContextRule(),
+        pairs: float = 0.0,
     ) -> None:
+        """`pairs`: the share of samples that are asked to show two characters; others show them as stories do."""
         paths = sorted(folder.glob(f"{split}-*.safetensors"))[: limit or None]
         if not paths:
             raise FileNotFoundError(f"{folder}: no {split}-*.safetensors; make them with `shotstream train stage data`")
@@ -122,6 +124,10 @@ class Stories:
         self.latents, self.stills, self.coverage = (torch.cat(parts[n]) for n in ("latents", "stills", "coverage"))
         self.first = np.concatenate([[0], np.cumsum(counts)])  # first shot of each story
         self.rule = rule
+        self.pairs = pairs
+        worlds = [sample_world(seed, split) for seed in self.seeds]
+        self.place = np.concatenate([np.arange(len(world.shots)) for world in worlds])  # of each shot in its story
+        self.shows_pair = np.array([len(script.cast) == 2 for world in worlds for script in world.shots])
         self.words = self._words(text, split, paraphrases)
 
     def _words(self, text: Words, split: Split, paraphrases: int) -> Tensor:
@@ -181,12 +187,16 @@ class Stories:
         )
 
     def _pick(self, rng: np.random.Generator, kind: str, history: int | None) -> tuple[int, int]:
-        while True:
-            story = int(rng.integers(len(self)))
-            shots = int(self.first[story + 1] - self.first[story])
-            if kind != "next":
-                return story, int(rng.integers(shots))
-            if history is None and shots > 1:
-                return story, int(rng.integers(1, shots))
-            if history is not None and history < shots:
-                return story, history
+        """A (story, shot) for a sample of this kind, all shots that suit being as likely."""
+        if kind != "next":
+            suits = np.full(len(self.place), True)
+        elif history is None:
+            suits = self.place > 0
+        else:
+            suits = self.place == history
+        if self.pairs and rng.random() < self.pairs and (suits & self.shows_pair).any():
+            suits = suits & self.shows_pair
+        if not suits.any():
+            raise ValueError(f"no story has a shot with {history or 'any'} shots before it")
+        row = int(rng.choice(np.flatnonzero(suits)))
+        return int(np.searchsorted(self.first, row, side="right")) - 1, int(self.place[row])
