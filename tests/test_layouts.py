@@ -234,7 +234,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, weights):
         message = refused(path)
         assert "more than weights" in message and "never run" in message
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Harm(trap)))
-    refused(tmp_path / "c.pt")
+    assert "never run" in refused(tmp_path / "c.pt")
     assert not trap.exists()
 
 

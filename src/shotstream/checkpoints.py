@@ -22,6 +22,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,8 @@ def _unpickle(file: Path, part: str | None = None) -> tuple[str, dict[str, Tenso
             asked = culprit[1] or culprit[2]
             hint = f"it asks for {asked}, and code in a checkpoint is never run; save its weights alone"
             raise ModelError(f"{file}: holds more than weights: {hint}") from None
-        raise ModelError(f"{file}: damaged or cut short; download it again") from None
+        hint = "code in a checkpoint is never run; download it again"
+        raise ModelError(f"{file}: not what torch.save writes, damaged or cut short; {hint}") from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ModelError(f"{file}: damaged or cut short ({reason}); download it again") from None
@@ -199,9 +201,10 @@ def _unpickle(file: Path, part: str | None = None) -> tuple[str, dict[str, Tenso
 
 def _load_pickle(file: Path) -> Any:
     """Whatever was pickled: no code is run, and weights are mapped where the format allows it."""
-    with open(file, "rb") as opened:
+    with open(file, "rb") as opened, warnings.catch_warnings():
         is_zip = opened.read(2) == b"PK"
         opened.seek(0)
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # what follows from it is said by the error
         if is_zip and file.suffix != ".safetensors":  # by that name torch would take it for what it is not
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return torch.load(opened, map_location="cpu", weights_only=True)
