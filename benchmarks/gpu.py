@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --stage 1 --out benchmarks/results      # kernels: what attention and products reach
     python -m benchmarks.gpu --stage 2 ...                           # the VAE's decoder
-    python -m benchmarks.gpu --stage 3 ...                           # one block, then all: eager, compiled
+    python -m benchmarks.gpu --stage 3 ...                           # one block, then all: eager, compiled, recorded
     python -m benchmarks.gpu --stage 4 ...                           # whole shots against the released way
     python -m benchmarks.gpu --stage 5 ...                           # several viewers, forty shots, fp8 products
     python -m benchmarks.gpu --stage 4 --dry-run                     # the same code at tiny sizes, on a CPU
@@ -33,10 +33,12 @@ from shotstream.bench.measurement import Settings, deadlines, growth, measure
 from shotstream.bench.prediction import H200, predict
 from shotstream.bench.probe import Clock
 from shotstream.config import PRESETS, Config, DiTConfig, WanVAEConfig
+from shotstream.graphs import Capture, cuda_graph, record_passes
 from shotstream.memory.plan import Call, Frame
-from shotstream.memory.store import FrameStore
+from shotstream.memory.store import BoundMemory, FrameStore
 from shotstream.models.attention import attention
-from shotstream.models.dit import DiT, compile_blocks
+from shotstream.models.dit import DiT, Text, compile_blocks
+from shotstream.models.rope import Rotation
 from shotstream.models.vae import VAE, VAEConfig
 from shotstream.pipeline import Pipeline
 
@@ -75,6 +77,11 @@ class Bench:
     def compiler(self) -> str:
         """A dry run traces but generates no code."""
         return "inductor" if self.device.type == "cuda" else "aot_eager"
+
+    @property
+    def capture(self) -> Capture:
+        """A dry run repeats what a GPU would record."""
+        return cuda_graph if self.device.type == "cuda" else lambda work: work
 
     @property
     def tokens(self) -> int:
@@ -191,7 +198,10 @@ def decoder(bench: Bench) -> None:
 
 
 def blocks(bench: Bench) -> None:
-    """A pass of one block and of all, at the first and the last chunk of a shot, eager and compiled."""
+    """A pass of one block and of all, at the first and the last chunk of a shot: eager, compiled, as a graph.
+
+    Rows are read as they lie (`rotated`: at their place), or laid out and rotated for every pass anew.
+    """
     policy, size = bench.config.policy, bench.config.chunk
     _, keys = flops.reads(bench.config, bench.config.chunks)
     _, height, width = bench.config.latent_shape
@@ -217,16 +227,30 @@ def blocks(bench: Bench) -> None:
                 begun = time.perf_counter()
                 dit(latents, times, read, where, bound)
                 first = time.perf_counter() - begun
-                seconds = fastest(lambda d=dit, r=read, w=where, b=bound: d(latents, times, r, w, b), bench.clock)
-                bench.lines.add(
-                    "pass",
-                    layers=dit.config.layers,
-                    compiled=compiled,
-                    keys=count,
-                    ms=round(seconds * 1e3, 3),
-                    tflops=round(work / seconds / 1e12, 2),
-                    first_s=round(first, 2),
-                )
+
+                def once(d: DiT = dit, r: Text = read, w: Rotation = where, b: BoundMemory = bound) -> Tensor:
+                    return d(latents, times, r, w, b)
+
+                def anew(s: FrameStore = store, run: Callable[[], Tensor] = once) -> Tensor:
+                    for rows in s.desk:
+                        rows.clear(lambda place: False)
+                    return run()
+
+                ways = {"rotated": once, "rotated for each pass": anew}
+                if bench.device.type == "cuda":
+                    ways["rotated, a graph"] = cuda_graph(once)
+                for name, way in ways.items():
+                    seconds = fastest(way, bench.clock)
+                    bench.lines.add(
+                        "pass",
+                        layers=dit.config.layers,
+                        compiled=compiled,
+                        keys=count,
+                        rows=name,
+                        ms=round(seconds * 1e3, 3),
+                        tflops=round(work / seconds / 1e12, 2),
+                        first_s=round(first, 2),
+                    )
 
 
 def shots(bench: Bench) -> None:
@@ -238,6 +262,8 @@ def shots(bench: Bench) -> None:
     bench.lines.add("fast, eager", **measure(ours, settings))
     compile_blocks(ours.dit, bench.compiler)
     bench.lines.add("fast, compiled", **measure(ours, settings))
+    record_passes(ours.dit, bench.capture)
+    bench.lines.add("fast, compiled, recorded", **measure(ours, settings))
     if bench.device.type == "cuda":
         bench.lines.add("waits of the host in a chunk", count=waits(ours))
     bench.lines.add("ratios", **ratios.measure(replace(ours, dit=bench.dit()), 3, bench.config.chunks, rounds=1))

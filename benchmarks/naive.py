@@ -165,13 +165,13 @@ class NaiveSession:
         time6 = dit.time_projection(time).unflatten(-1, (6, -1))
         for layer, block in enumerate(dit.layers()):
             shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (block.modulation + time6).unsqueeze(3).unbind(2)
-            y = modulate(x, shift_sa, scale_sa).flatten(1, 2)
+            y = modulate(x, shift_sa, 1 + scale_sa).flatten(1, 2)
             past = context[layer] if context else None
             y = self._attend(block.self_attn, y, self._table(places, grid), caches[layer], past, start)
             x = x + y.view_as(x) * gate_sa
             cross = block.cross_attn
             x = x + cross(block.norm3(x), cross.keys(text), cross.values(text), index)
-            x = x + block.ffn(modulate(x, shift_ff, scale_ff)) * gate_ff
+            x = x + block.ffn(modulate(x, shift_ff, 1 + scale_ff)) * gate_ff
         out = dit.unpatch(dit.head(x, time), height, width)
         return out if dit.config.prediction == "velocity" else velocity_from_x0(latents, out, timesteps)
 

@@ -15,11 +15,14 @@ from typing import Any
 from shotstream.bench import flops
 from shotstream.bench.prediction import H200, predict
 from shotstream.config import PRESETS
+from shotstream.evaluation import fast
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: python -m benchmarks.table -->", "<!-- /speed -->"
+FAST = "<!-- fast: python -m benchmarks.table -->", "<!-- /fast -->"
 PROFILE_OF = "bench-storybook.json"
+FAST_OF = "fast-storybook.json"
 
 # Streaming systems of this size on one GPU: what they state, and what they say they count.
 PUBLISHED = (
@@ -89,27 +92,34 @@ def profile(results: Path = RESULTS) -> str:
     return "\n\n".join((what, *tables))
 
 
+def approximate(results: Path = RESULTS) -> str:
+    """What fast mode gains and loses."""
+    return fast.table(json.loads((results / FAST_OF).read_text()))
+
+
 def _markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
 
 
-def placed(text: str, table: str) -> str:
+def placed(text: str, table: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with the table between its markers. Raises ValueError without them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END}; put both lines where the table belongs")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+        raise ValueError(f"no {marks[0]} ... {marks[1]}; put both lines where the table belongs")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
-    for page, table in ((ROOT / "README.md", speed()), (ROOT / "docs" / "performance.md", profile())):
+    page_of_docs = ROOT / "docs" / "performance.md"
+    pages = (ROOT / "README.md", speed(), (BEGIN, END)), (page_of_docs, profile(), (BEGIN, END))
+    for page, table, marks in (*pages, (page_of_docs, approximate(), FAST)):
         text = page.read_text(encoding="utf-8")
         try:
-            wanted = placed(text, table)
+            wanted = placed(text, table, marks)
         except ValueError as error:
             sys.exit(f"{page}: {error}")
         if wanted == text:

@@ -23,11 +23,11 @@ PATIENCE = 60.0  # seconds; on a busy machine, importing torch takes long
 class Server:
     """The process, and a client of it."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
+    def __init__(self, home: Path, *arguments: str, model: str = "tiny") -> None:
         self.home = home
         code = "from shotstream.cli import main; main()"
         command = [sys.executable, "-c", code, "serve", *arguments]
-        command += ["--model", "tiny", "--device", "cpu", "--home", str(home), "--port", "0", "--no-open"]
+        command += ["--model", model, "--device", "cpu", "--home", str(home), "--port", "0", "--no-open"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -103,9 +103,9 @@ class Session:
     def states(self) -> list[str]:
         return [shot["state"] for shot in self.document()["shots"]]
 
-    def until_done(self) -> dict[str, Any]:
+    def until_done(self, seconds: float = PATIENCE) -> dict[str, Any]:
         """Wait until every shot is made; the document then."""
-        wait_for(lambda: set(self.states()) <= {"done"})
+        wait_for(lambda: set(self.states()) <= {"done"}, seconds)
         return self.document()
 
     def events(self, since: int | None = None) -> ClientConnection:

@@ -80,7 +80,7 @@ for name in shotstream.__all__: assert getattr(shotstream, name).__name__ == nam
 
 
 def test_a_name_that_is_not_there_says_what_is():
-    with pytest.raises(AttributeError, match="no attribute 'lod'; it has Chunk, Session"):
+    with pytest.raises(AttributeError, match="no attribute 'lod'; it has Chunk, Fast, Session"):
         _ = shotstream.lod
 
 

@@ -12,13 +12,18 @@ import subprocess
 import sys
 import threading
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from json import dumps, loads
 from pathlib import Path
 
+import av
+import psutil
 import pytest
+from PIL import Image
 
 from shotstream.project import OPS
+from shotstream.story import Story
 from shotstream.storybook.captions import STOP_WORDS, VOCABULARY, unknown_words
 from shotstream.video import read_chapters, read_video
 
@@ -55,6 +60,7 @@ class Server:
 
     def start(self) -> None:
         options = ["--no-open", "--port", str(self.port), "--home", str(self.home), "--device", "cpu", "--threads", "1"]
+        options += ["--experimental"]
         command = [sys.executable, "-c", "from shotstream.cli import main; main()", "serve", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         assert self.process.stdout
@@ -67,6 +73,12 @@ class Server:
         """End it and its worker at once, as a power cut would."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    @property
+    def worker(self) -> psutil.Process:
+        """The process that makes the pictures."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
 
     def call(self, path: str, body: object = None) -> dict:
         data = None if body is None else dumps(body).encode()
@@ -220,7 +232,9 @@ def test_a_film_is_directed_by_mouse(server, open_page, tmp_path):
     page.get_by_role("slider", name="Place in the story").fill("0.3")
     slate(page, "Shot 1")
     page.get_by_role("button", name=re.compile("^Use the frame on screen in shot 3")).click()
-    expect(page.locator("#memory .pinned")).to_have_count(1)
+    expect(page.locator("#memory .pinned.comes")).to_have_count(1)
+    expect(page.locator("#memory .goes")).to_have_count(1)  # there are six places: one is pushed out, and told so
+    expect(page.locator("#memory")).to_contain_text(re.compile("will see shot 1, frame 4, and no longer shot"))
     page.get_by_role("button", name="Make it now").click()
     expect(page.get_by_role("button", name="Make it now")).to_have_count(0)
     wait_done(page, 3)
@@ -378,6 +392,136 @@ def test_the_first_picture_comes_within_two_seconds(server, open_page):
     assert 0 < median < 2 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
+def test_branches_are_told_by_their_takes(server, open_page):
+    """Every branch is a strip of takes; a thread where it shares them; any two can be seen side by side."""
+    session = server.session(title="Two ends")
+    page = open_page(session)
+    wait_done(page, 3)
+    server.command(session, "branch", name="dusk", at="face")
+    server.command(session, "cut", caption="A wide shot of the bear on the beach at sunset.", chunks=1)
+    expect(shots(page).nth(2)).to_have_accessible_name(re.compile("^Shot 3, done.*beach"))
+    server.command(session, "checkout", name="main")
+    main, dusk = (page.get_by_role("list", name=f"Takes of {name}") for name in ("main", "dusk"))
+    expect(main.get_by_role("button")).to_have_count(3)
+    expect(dusk.get_by_role("listitem")).to_have_count(3)
+    expect(dusk.get_by_role("button")).to_have_count(1)
+    expect(dusk.locator(".thread")).to_have_count(2)
+
+    dusk.get_by_role("button", name="See shot 3, take 1").click()
+    expect(dusk.get_by_role("button", pressed=True)).to_have_count(1)
+    slate(page, "Shot 3")
+    takes = [branch["takes"][2] for branch in server.document(session)["branches"]]
+    page.keyboard.press("c")  # what is on the screen, beside the story's
+    expect(page.get_by_label("Left take")).to_have_value(takes[0])
+    expect(page.get_by_label("Right take")).to_have_value(takes[1])
+    expect(page.locator(".branches").get_by_role("button", pressed=True)).to_have_count(3)  # main, and both takes
+    page.keyboard.press("Escape")
+    slate(page, "Shot 3")
+    page.get_by_role("button", name="Compare dusk with main").click()
+    expect(page.get_by_label("Right take")).to_have_value(takes[1])
+    page.get_by_label("Right take").select_option(takes[0])
+    expect(page.locator(".view").last).to_contain_text("used")
+
+
+def test_a_take_is_put_into_the_story_while_comparing(server, open_page):
+    session = server.session()
+    page = open_page(session)
+    wait_done(page, 3)
+    server.command(session, "redo", shot="snow")
+    expect(shots(page).nth(2)).to_have_accessible_name(re.compile("^Shot 3, done, 2 takes"))
+    first, second = server.document(session)["shots"][2]["takes"]
+    shots(page).nth(2).click()
+    page.keyboard.press("c")
+    expect(page.get_by_label("Left take")).to_have_value(first)
+    page.locator(".view").first.get_by_role("button", name="Use").click()
+    expect(page.get_by_role("region", name="Shot", exact=True).get_by_role("button", name="Use take 2")).to_be_visible()
+    assert server.document(session)["shots"][2]["take"] == first != second
+
+
+def test_a_story_is_renamed_in_place(server, open_page):
+    session = server.session(title="Before")
+    page = open_page(session)
+    heading = page.get_by_role("heading", level=1)
+    heading.get_by_role("button", name="Before").click()
+    field = page.get_by_role("textbox", name="Title of the story")
+    expect(field).to_be_focused()
+    page.keyboard.type("After")  # the old words are selected, and so replaced
+    page.keyboard.press("Enter")
+    expect(heading).to_have_accessible_name("After")
+    assert server.document(session)["title"] == "After"
+    heading.get_by_role("button").click()
+    page.keyboard.type("Never")
+    page.keyboard.press("Escape")
+    expect(heading).to_have_accessible_name("After")
+    page.get_by_role("button", name="Undo").click()
+    expect(heading).to_have_accessible_name("Before")
+
+
+def test_what_is_being_made_can_be_held_steered_and_stopped(server, open_page):
+    session = server.session(None, title="Held")
+    page = open_page(session)
+    word, steer = page.locator(".word"), page.get_by_role("button", name="Steer")
+    expect(steer).to_have_attribute("aria-disabled", "true")
+    steer.click(force=True)  # it is not mute, though it cannot be used now
+    expect(page.get_by_role("status").filter(has_text="No shot is being made")).to_be_visible()
+
+    worker = server.worker
+    worker.suspend()  # else the shot may be done before the test has looked
+    try:
+        server.command(session, "cut", caption=FIRST, chunks=64)
+        expect(word).to_contain_text(re.compile(r"Making shot 1\s*part 1 of 64"))
+        page.get_by_role("textbox", name="Next shot").fill(SECOND)
+        expect(steer).to_have_attribute("aria-disabled", "false")
+        steer.click()
+        expect(page.get_by_role("textbox", name="Next shot")).to_have_value("")
+    finally:
+        worker.resume()
+    page.keyboard.press("Escape")
+    expect(shots(page).first.get_by_role("progressbar")).not_to_have_attribute("value", "0")
+    page.keyboard.press("g")
+    expect(page.locator("#acts")).to_have_text("Becomes shot 2, made when you go on.")
+    expect(word).to_contain_text("Shot 1 is on hold")
+    page.keyboard.press("s")
+    expect(shots(page).first).to_have_accessible_name(re.compile("^Shot 1, stopped"))
+    expect(page.get_by_role("region", name="Shot", exact=True)).to_contain_text(
+        "Stopped half way; what was made is kept."
+    )
+    expect(word).to_contain_text("Shot 1 was stopped")
+
+
+@pytest.mark.slow
+def test_every_export_arrives_and_opens(server, open_page, tmp_path):
+    session = server.session(title="Exported")
+    page = open_page(session)
+    wait_done(page, 3)
+    page.get_by_role("button", name="Export", exact=True).click()
+    dialog, files = page.get_by_role("dialog", name="Export"), {}
+    names = ("MP4 video", "WebM video", "GIF", "Contact sheet", "Story", "Whole project")
+    for count, name in enumerate(names, 1):
+        with page.expect_download() as waiting:
+            dialog.get_by_role("button", name=re.compile(f"^{name}")).click()
+        files[name] = tmp_path / waiting.value.suggested_filename
+        waiting.value.save_as(files[name])
+        expect(dialog.get_by_role("link", name="Download")).to_have_count(count)
+    titles = [f"{i}. {caption}" for i, caption in enumerate([FIRST, SECOND, THIRD], 1)]
+    for name, codec in (("MP4 video", "h264"), ("WebM video", "vp9")):
+        with av.open(str(files[name])) as film:
+            assert film.streams.video[0].codec_context.name.removeprefix("lib").startswith(codec[:3])
+            assert film.metadata["title"] == "Exported"
+        assert len(list(read_video(files[name]))) == 27
+        assert [chapter.title for chapter in read_chapters(files[name])] == titles
+    with Image.open(files["GIF"]) as gif:
+        assert gif.format == "GIF" and gif.n_frames == 27
+    with Image.open(files["Contact sheet"]) as sheet:
+        assert sheet.format == "PNG" and sheet.width > 300 and len(sheet.getcolors(1 << 20) or [0] * 99) > 50
+    story = Story.from_file(files["Story"])
+    assert [shot.caption for shot in story.shots] == [FIRST, SECOND, THIRD]
+    with zipfile.ZipFile(files["Whole project"]) as whole:
+        assert whole.testzip() is None
+        kept = {name.rpartition("/")[2] for name in whole.namelist()}
+        assert {"project.json", "story.yaml", "take.json", "latents.safetensors", "video.mp4"} <= kept
+
+
 # What must not be lost
 
 
@@ -405,6 +549,30 @@ def test_a_killed_server_leaves_words_a_reason_and_the_same_timeline(server, ope
     page.get_by_role("textbox", name="Next shot").press("Enter")
     wait_done(page, 4)
     slate(page, "Shot 4")  # and its picture is live again
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_told_of_and_the_shot_is_made_again(server, open_page):
+    session = server.session(None, title="Worker")
+    page = open_page(session)
+    expect(page.locator(".word")).to_contain_text("An empty story")
+    server.command(session, "pause")
+    server.command(session, "cut", caption=FIRST)
+    for _ in range(2):  # a third time it is not tried by itself
+        server.wait_ready()
+        worker = server.worker
+        worker.suspend()  # else the shot may be done before it is killed
+        server.command(session, "play")
+        server.command(session, "pause")
+        worker.kill()
+        expect(page.get_by_role("alert")).to_contain_text("The worker was killed")
+        page.get_by_role("button", name="Dismiss").click()
+    expect(page.locator(".word")).to_contain_text("Shot 1 failed")
+    expect(page.locator(".word")).to_contain_text("each time this shot was made")
+    expect(shots(page).first).to_have_accessible_name(re.compile("^Shot 1, failed"))
+    server.wait_ready()
+    page.get_by_role("button", name="Try again").click()
+    wait_done(page, 1)
 
 
 def test_words_survive_somebody_elses_edit(server, open_page):
@@ -667,7 +835,7 @@ def test_the_page_is_small_plain_and_its_own():
 def test_every_command_can_be_given_and_every_key_does_something():
     text = {path.name: path.read_text() for path in STATIC.glob("*.js")}
     sent = set(re.findall(r'send\(\s*"(\w+)"', text["director.js"]))
-    assert sent == set(OPS)
+    assert sent == {*OPS, "steer"}
     methods = set(
         re.findall(r"^  (?:async )?(\w+)\(", text["director.js"] + text["player.js"] + text["dialogs.js"], re.M)
     )

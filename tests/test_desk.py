@@ -8,7 +8,7 @@ from golden_weights import uniform
 from torch import Tensor
 
 from shotstream.memory.plan import Frame, Place, Plan
-from shotstream.memory.store import FrameStore
+from shotstream.memory.store import FrameStore, SettledStore
 
 LAYERS, HEIGHT, WIDTH, TOKENS = 2, 2, 3, 6
 HEADS, DIM = 2, 12
@@ -167,3 +167,59 @@ def test_what_learns_gets_tensors_of_its_own():
     assert same([keys.detach(), values.detach()], expected)
     (keys.square().sum() + values.square().sum()).backward()
     assert torch.allclose(v.grad, 2 * v) and torch.allclose(k.grad, 2 * k)
+
+
+# -- one copy, where frames stay at their places
+
+
+def test_one_copy_is_read_as_two_are():
+    """A shot that grows and, with a window, forgets: the same reads, and nothing kept beside the desk."""
+    stores = FrameStore(LAYERS, HEIGHT, WIDTH), SettledStore(LAYERS, HEIGHT, WIDTH)
+    read: list[list[list[Tensor]]] = [[], []]
+    for store, seen in zip(stores, read, strict=True):
+        frames: list[Frame] = []
+        for chunk in range(5):
+            new = [Frame(2 * chunk + i) for i in range(2)]
+            seen.append(call(store, at(frames), at(new), key=10 * chunk))
+            seen.append(call(store, at(frames), at(new), key=10 * chunk + 9, write=True))
+            frames = frames[:1] + (frames + new)[1:][-5:]  # a sink, and the newest
+            store.retain(frames)
+        seen.append(call(store, at(frames), at(NEXT), key=99))
+    assert all(same(*pair) for pair in zip(*read, strict=True))
+    assert set(stores[0].kept) == set(stores[1].kept)
+    assert not any(stores[1].kept.values())
+
+
+def test_one_copy_forks_and_survives_an_interrupted_call():
+    store, frames = SettledStore(LAYERS, HEIGHT, WIDTH), [Frame(0), Frame(1)]
+    call(store, (), at(frames), 1, write=True)
+    branch = store.fork()
+    bound = store.bind(Plan(at(NEXT), (*at(frames), *at(NEXT))), tuple(NEXT), True)
+    bound.extend(0, *kv(900, 2))  # its second layer never ran
+    store.forget(NEXT)
+    for made, key in ((store, 70), (branch, 80)):
+        call(made, at(frames), at(NEXT), key, write=True)
+    fresh = FrameStore(LAYERS, HEIGHT, WIDTH)
+    call(fresh, (), at(frames), 1, write=True)
+    for made, key in ((store, 70), (branch, 80)):
+        truth = fresh.fork()
+        call(truth, at(frames), at(NEXT), key, write=True)
+        last = at([*frames, *NEXT]), at([Frame(102)])
+        assert same(call(made, *last, 71), call(truth, *last, 71))
+
+
+@pytest.mark.parametrize("change", ["moved", "turned", "reordered"])
+def test_one_copy_refuses_frames_that_move(change):
+    store, frames = SettledStore(LAYERS, HEIGHT, WIDTH), [Frame(i) for i in range(4)]
+    call(store, (), at(frames), 1, write=True)
+    with pytest.raises(AssertionError, match="not settled"):
+        call(store, CHANGES[change](frames), at(NEXT), 50)
+
+
+def test_one_copy_takes_half_the_memory():
+    frames = [Frame(i) for i in range(4)]
+    stores = FrameStore(LAYERS, HEIGHT, WIDTH), SettledStore(LAYERS, HEIGHT, WIDTH)
+    for store in stores:
+        call(store, (), at(frames), 1, write=True)
+    on_desk = sum(t.nbytes for rows in stores[0].desk for t in (rows.k, rows.v))
+    assert stores[1].bytes == on_desk == stores[0].bytes

@@ -314,6 +314,37 @@ def test_a_wrong_number_of_timesteps_is_refused(dit):
         dit(NOISY[:, :3], torch.tensor([[500.0]]), text, table)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_level_gives_the_bits_of_its_timesteps(dtype):
+    """What a noise level tells the network may be computed once and kept (class E0)."""
+    dit = make(dtype)
+    table = rotation(places(range(3), [0.0] * 3), *GRID, CONFIG.head_dim, dit.device, dit.dtype)
+    text = dit.read(STATES, torch.zeros(1, 3, dtype=torch.long))
+    timesteps, other = torch.tensor([[957.9, 0.0, 500.0]]), torch.tensor([[957.9, 0.0, 501.0]])
+    x, level = NOISY[:, :3].to(dtype), dit.level(timesteps)
+    assert torch.equal(dit(x, level, text, table), dit(x, timesteps, text, table))
+    assert not torch.equal(dit(x, level, text, table), dit(x, other, text, table))
+
+
+def test_a_silent_pass_leaves_the_same_in_memory_and_computes_less(dit):
+    """Nobody reads the velocity of a prefill: its last block ends with keys and values (class E0)."""
+    stores, answered = [], []
+    hook = dit.blocks[-1].ffn.register_forward_hook(lambda *_: answered.append(True))
+    table = rotation(places(range(3), [0.0] * 3), *GRID, CONFIG.head_dim, dit.device, dit.dtype)
+    text, new = dit.read(STATES, torch.zeros(1, 3, dtype=torch.long)), chunk(0, 0)
+    for silent in (False, True):
+        store = FrameStore(CONFIG.layers, *GRID)
+        bound = store.bind(POLICY.plan(Call("commit", (), new)), new, write=True, silent=silent)
+        velocity = dit(CLEAN[:, :3], torch.zeros(1, 3), text, table, bound)
+        assert velocity.shape[1] == (0 if silent else 3)
+        stores.append(store)
+    hook.remove()
+    assert answered == [True]
+    for frame in new:
+        for loud, quiet in zip(*(store.kept[frame] for store in stores), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(loud, quiet, strict=True))
+
+
 def test_an_x0_head_gives_the_velocity_of_its_clean_estimate():
     x0, noise = CLEAN[:, :3], NOISY[:, :3]
     sigma = torch.tensor([[1.0, 0.5, 0.1]]).double()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from shotstream.checkpoints import dit_network, read_lora
 from shotstream.config import PRESETS
 from shotstream.data.batch import Batch
 from shotstream.data.storybook import Stories
+from shotstream.flow import spread
 from shotstream.models.dit import DiT
 from shotstream.pipeline import load
 from shotstream.train import dmd, lora
@@ -175,3 +178,118 @@ def test_dropped_context_makes_a_first_shot(stories: Stories) -> None:
 def test_stage_two_stops_and_says_what_it_needs(stories: Stories, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give the trained autoencoder"):
         dmd.train(CONFIG, DMDConfig("own"), settings(tmp_path, steps=1), stories, model(0), model(1))
+
+
+# The mathematics, where everything is known: one number, normally distributed
+
+
+class Normal(torch.nn.Module):
+    """Normally distributed numbers: draws them, and is their denoiser."""
+
+    def __init__(self, mean: float, deviation: float) -> None:
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.tensor(mean))
+        self.log = torch.nn.Parameter(torch.tensor(deviation).log())
+
+    def draw(self, noise: Tensor) -> Tensor:
+        return self.mean + self.log.exp() * noise
+
+    def x0(self, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """E[x | (1 - sigma) x + sigma noise]."""
+        kept, variance = 1 - spread(sigma, noisy), (2 * self.log).exp()
+        gain = variance * kept / (kept.square() * variance + spread(sigma, noisy).square())
+        return self.mean + gain * (noisy - kept * self.mean)
+
+    def values(self) -> list[float]:
+        return [self.mean.item(), self.log.exp().item()]
+
+
+class World:
+    """Distribution matching of such numbers: the losses of `dmd`, with denoisers of our own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, student: Normal, teacher: Normal, **recipe: object) -> None:
+        def predict(model: Normal, batch: object, noisy: Tensor, sigma: Tensor, words: object) -> Tensor:
+            return model.x0(noisy, sigma)
+
+        monkeypatch.setattr(dmd, "predict", predict)
+        self.cfg = DMDConfig(guidance=1.0, **recipe)  # type: ignore[arg-type]
+        critic = copy.deepcopy(teacher)
+        student_side, critic_side = (SimpleNamespace(compute=n, ema=n) for n in (student, critic))
+        self.trio = dmd.Trio(student_side, critic_side, teacher)  # type: ignore[arg-type]
+        self.student, self.critic = student, critic
+        self.optimizers = [torch.optim.Adam(n.parameters(), lr) for n, lr in ((student, 0.01), (critic, 0.03))]
+        self.step = 0
+
+    def shots(self, draws: Draws, count: int) -> Tensor:
+        """Many numbers each: the normaliser is a mean over a shot, and of a single number it would be the number."""
+        return self.student.draw(draws.noise((count, 1, 1, 8, 8)))
+
+    def train(self, steps: int, count: int = 16) -> None:
+        batch: Any = SimpleNamespace(words=None)
+        for _ in range(steps):
+            draws = Draws(0, self.step)
+            learn = self.step % 4 == 0
+            x = self.shots(draws, count)
+            if learn:
+                value, self.trust = dmd.student_loss(self.trio, batch, x, draws, self.cfg)
+            else:
+                value = dmd.critic_loss(self.trio, batch, x.detach(), draws, self.cfg)
+            optimizer = self.optimizers[0 if learn else 1]
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            self.step += 1
+
+
+def test_a_wrong_student_ends_with_the_teachers_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and spread, although the normaliser, the shift and the critic's lag are all at work."""
+    world = World(monkeypatch, Normal(-1.0, 1.5), Normal(1.0, 0.5))
+    world.train(1200)
+    assert world.student.values() == pytest.approx([1.0, 0.5], abs=0.04)
+    assert world.critic.values() == pytest.approx(world.student.values(), abs=0.04)
+
+
+@pytest.mark.parametrize(("mean", "low", "high"), [(-1.0, 0.98, 1.02), (0.0, 1.5, 2.5), (-3.0, 0.4, 0.6)])
+def test_trust_says_what_the_critic_is_worth(
+    monkeypatch: pytest.MonkeyPatch, mean: float, low: float, high: float
+) -> None:
+    """A critic that knows the student; one that lags, half way from the teacher; one that is wrong by as much again."""
+    world = World(monkeypatch, Normal(-1.0, 0.5), Normal(1.0, 0.5))
+    world.critic.load_state_dict(Normal(mean, 0.5).state_dict())
+    draws = Draws(0)
+    x = world.shots(draws, 512).detach()
+    _, found = dmd.student_loss(world.trio, SimpleNamespace(words=None), x, draws, world.cfg)  # type: ignore[arg-type]
+    assert low < found.item() < high
+
+
+def test_the_right_student_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step in expectation; a critic that sees other numbers than the student makes is what would push it away."""
+    world = World(monkeypatch, Normal(1.0, 0.5), Normal(1.0, 0.5))
+    world.train(400)
+    assert world.student.values() == pytest.approx([1.0, 0.5], abs=0.05)
+
+
+def test_the_student_waits_for_its_critic(stories: Stories, tmp_path: Path) -> None:
+    cfg = DMDConfig(critic_first=3, critic_steps=1)
+    for steps, moved in ((3, False), (4, True)):
+        runs = settings(tmp_path / str(steps), steps=steps, batch=2)
+        network = dmd.train(CONFIG, cfg, runs, stories, model(0), model(1))
+        assert moved != torch.equal(network.masters.dit.head.head.weight, model(0).dit.head.head.weight)
+
+
+def test_the_last_step_alone_learns_if_wanted(
+    stories: Stories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: set[int | None] = set()
+    roll = dmd.rollout
+
+    def noted(model: Model, batch: Batch, noise: FreshNoise, exit_step: int | None, cfg: DMDConfig) -> Tensor:
+        steps.add(exit_step)
+        return roll(model, batch, noise, exit_step, cfg)
+
+    monkeypatch.setattr(dmd, "rollout", noted)
+    for exits in ("any", "last"):
+        steps.clear()
+        runs = settings(tmp_path / exits, steps=8, batch=1)
+        dmd.train(CONFIG, DMDConfig(exits=exits), runs, stories, model(0), model(1))  # type: ignore[arg-type]
+        assert steps == {3} if exits == "last" else len(steps) > 1

@@ -74,10 +74,10 @@ def test_doctor_estimates_the_model_that_is_asked_about():
 @pytest.mark.parametrize(
     ("free", "says"),
     [
-        (80e9, "with the defaults about 33."),
-        (24e9, "with --offload about 21."),
-        (17e9, "with --offload --set chunks=4 about 16."),
-        (1e9, "does not fit: 1.0 GB free on cpu, at least 7."),
+        (80e9, "with the defaults about 25."),
+        (24e9, "with --offload about 14."),
+        (12e9, "with --offload --text-device cpu --set chunks=4 about 11."),
+        (1e9, "does not fit: 1.0 GB free on cpu, at least 5."),
     ],
 )
 def test_the_advice_is_the_most_that_fits(monkeypatch, free, says):

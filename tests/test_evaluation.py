@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from shotstream import pipeline
 from shotstream.cli import app
-from shotstream.evaluation import comparison, measures, pictures, records, statistics
+from shotstream.evaluation import comparison, measures, pictures, records, stages, statistics
 from shotstream.evaluation import storybook as study
 from shotstream.evaluation.generators import generators, next_shot
-from shotstream.evaluation.measures import GROUPS, SCENE
+from shotstream.evaluation.measures import GROUPS, SCENE, Tally
 from shotstream.evaluation.records import JudgedStory
 from shotstream.evaluation.report import Report, tallies
 from shotstream.evaluation.storybook import Row
@@ -24,6 +24,10 @@ from shotstream.session import to_uint8
 from shotstream.storybook.captions import Captions, captions
 from shotstream.storybook.judge import CharacterReading, Reading
 from shotstream.storybook.world import PLACES, Character, ShotScript, World, sample_world
+from shotstream.train.checkpoint import File
+from shotstream.train.network import Network
+from shotstream.train.recipe import RECIPES, fresh
+from shotstream.train.run import RunConfig
 
 CAST = (
     Character("frog", "purple", "crown", "yellow", "balloon", "green"),
@@ -683,6 +687,48 @@ def test_a_study_from_the_command_line(tmp_path: Path) -> None:
     code, said = run("compare", tmp_path / "a", tmp_path / "a", "--json", tmp_path / "gap.json")
     assert code == 0 and "| ground-truth | 0.00" in said
     assert set(json.loads((tmp_path / "gap.json").read_text())) == {"ground-truth"}
+
+
+def test_late_shots_are_those_from_the_fourth_on() -> None:
+    """A stage that loses a shot's place early is not worse in late shots, one that loses it late is."""
+    worlds = [sample_world(seed, shots=6) for seed in range(3)]
+
+    def stage(lost: int | None) -> list[Tally]:
+        judged = []
+        for world in worlds:
+            readings = [replace(r, place="nowhere") if k == lost else r for k, r in enumerate(perfect(world))]
+            judged.append(JudgedStory(world, captions(world), tuple(readings), (), ()))
+        return tallies([judged], 6)
+
+    report = Report({"right": stage(None), "early": stage(1), "late": stage(4)}, {})
+    assert stages.late(report, "right", "named").value == stages.late(report, "early", "named").value == 1
+    assert stages.late_difference(report, "early", "right", "named").value == 0
+    lost = stages.late_difference(report, "late", "right", "named")
+    assert lost.value is not None and lost.high is not None and lost.high < 0
+    at = report.by_shot("late", "named")
+    assert [shot.value == 1 for shot in at] == [True, True, True, True, False, True]
+    slope = report.difference("late", "early", "drift", "named")
+    assert slope.value is not None and slope.value < 0, "the later, the more it falls"
+
+
+def test_stages_from_the_command_line(tmp_path: Path) -> None:
+    recipe, runs = RECIPES["storybook-smoke"], RunConfig(dtype="float32")
+    parts = {"ode": fresh(recipe, 0), "stage1": fresh(recipe, 1), "autoencoder": pipeline.build(recipe.config)[1]}
+    for name, module in parts.items():
+        (tmp_path / name).mkdir()
+        File(tmp_path / name).write({"network": Network(module, runs)}, 1)
+    chosen = ("--stories", 2, "--seeds", 2, "--shots", 1, "--validation", "--preset", "storybook-smoke")
+    code, said = run("stages", tmp_path, "--stages", "ode,stage1", *chosen, "--out", tmp_path / "out")
+    assert code == 0 and "| ode | " in said and str(tmp_path / "out" / "stages.md") in said
+    written = (tmp_path / "out" / "stages.md").read_text()
+    assert "| stage1 - ode | " in written and "noise seeds [0, 1]" in written
+    numbers = json.loads((tmp_path / "out" / "stages.json").read_text())
+    assert set(numbers["stages"]) == {"ode", "stage1"} and set(numbers["differences"]) == {"stage1 - ode"}
+    assert {"commit", "machine", "models", "noise_seeds"} <= numbers["provenance"].keys()
+    code, said = run("stages", tmp_path, "--stages", "ode,stage2", *chosen, "--out", tmp_path / "out")
+    assert code == 3 and "train stage 'stage2' first" in said
+    code, said = run("stages", tmp_path, "--stages", "ode,nothing", *chosen, "--out", tmp_path / "out")
+    assert code == 2 and "unknown stage 'nothing'" in said
 
 
 @pytest.mark.parametrize(

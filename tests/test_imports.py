@@ -29,17 +29,23 @@ CORE = {
     "hub": "checkpoints releases",
     "text_cache": "checkpoints models",
     "footprint": "checkpoints config memory.policies",
-    "pipeline": "config checkpoints hub models releases storybook.captions text_cache",
+    "fast": "checkpoints config models",
+    "graphs": "memory.store models",
+    "pipeline": "config checkpoints fast graphs hub models releases storybook.captions text_cache",
     "video": "",
-    "project": "config memory.plan memory.policies story storybook.captions",
-    "folder": "memory.plan project story",
-    "take": "folder memory models pipeline project rollout",
+    "records": "config storybook.captions",
+    "plan": "story",
+    "document": "memory.policies plan project records story",
+    "project": "config document memory.plan memory.policies plan records story",
+    "folder": "memory.plan plan project records story",
+    "take": "folder memory models pipeline records rollout",
     "session": "folder memory.plan pipeline project story take video",
-    "film": "config folder footprint memory pipeline project session story take video",
+    "film": "config fast folder footprint memory pipeline project session story take video",
 }
 WITHOUT_TORCH = (
     *("memory.plan", "memory.schedule", "memory.policies"),
-    *("config", "releases", "story", "formats", "storybook.captions", "project", "folder"),
+    *("config", "releases", "story", "formats", "storybook.captions"),
+    *("records", "plan", "document", "project", "folder"),
 )
 ABOVE = ("train", "data", "evaluation", "server", "cli")
 OPTIONAL = ("transformers", "diffusers", "sentencepiece", "ftfy")

@@ -171,11 +171,10 @@ def test_chunk_by_chunk_with_memory_is_one_block_causal_pass(config, case):
         for call, expected in zip(noisy, velocities[len(parts) :], strict=True):
             assert torch.allclose(call[2], expected, atol=1e-10)
     commits = [calls[per_chunk * b + per_chunk - 1] for b in range(chunks - 1)]
-    clean_calls = [*prefill, *commits]
-    for (latents, timestep, velocity), part, expected in zip(clean_calls, parts, velocities, strict=False):
+    for (latents, timestep, velocity), part in zip([*prefill, *commits], parts, strict=False):
         assert timestep == 0
         assert torch.equal(latents, part)
-        assert torch.allclose(velocity, expected, atol=1e-10)
+        assert velocity.shape[1] == 0  # nobody asks for it; its keys and values are what noisy chunks read above
 
 
 def test_law_1_can_see_a_mistake(dit):

@@ -10,13 +10,16 @@ from pathlib import Path
 from random import Random
 
 import av
+import httpx
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 from serving import PATIENCE, Server, Session, event, wait_for
 from websockets.exceptions import ConnectionClosed
 
+from shotstream.folder import Folder
 from shotstream.pipeline import load
 from shotstream.server import live
 from shotstream.session import Session as make_session
@@ -134,10 +137,33 @@ def test_an_edit_a_branch_a_pin_and_undo(server):
     strip = session.get("/memory", params={"shot": names[2]}).json()
     assert {"shot": names[0], "take": takes[1][0], "frame": 4, "pinned": True}.items() <= strip["frames"][1].items()
     assert len(strip["frames"]) == 6 and all(f["thumb"].startswith("data:image/jpeg;base64,") for f in strip["frames"])
+    session.do("unpin", shot=names[2], frame=f"{names[0]}@4")
+    freed = session.get("/memory", params={"shot": names[2]}).json()
+    assert freed["frames"] == strip["frames"]
+    assert not any(frame["pinned"] for frame in freed["next"]["frames"]) and len(freed["next"]["frames"]) == 6
+    assert all(frame["thumb"] for frame in freed["next"]["frames"])
+    session.do("undo")
     session.do("checkout", name="main")
     assert [shot["take"] for shot in session.document()["shots"]] == takes[0]
     session.do("undo")
     assert session.document()["head"] == "what-if"
+
+
+def test_a_shot_is_cut_with_pins_and_the_story_renamed(server):
+    session = server.new("a green bear", "the bear sits", title="First")
+    names = [shot["id"] for shot in session.until_done()["shots"]]
+    with session.events() as events:
+        session.do("cut", caption="the bear waves", chunks=1, pins=[f"{names[0]}@4"])
+        started = event(events, "shot_started")
+        event(events, "shot_done")
+    assert [(s["shot"], s["frame"]) for s in started["context"] if s["pinned"]] == [(names[0], 4)]
+    refused = session.post("/commands", {"op": "cut", "caption": "x", "pins": [f"{names[0]}@99"]})
+    assert (refused.status_code, refused.json()["field"]) == (422, "pins")
+    session.do("set_title", title="Second")
+    document = session.document()
+    assert document["title"] == "Second"
+    assert [branch["takes"] for branch in document["branches"]] == [[shot["take"] for shot in document["shots"]]]
+    assert {told["id"]: told["title"] for told in server.http.get("/api/v1/sessions").json()}[session.id] == "Second"
 
 
 def test_a_command_for_an_older_document_is_refused_and_names_the_new_revision(server):
@@ -160,6 +186,8 @@ def test_a_command_for_an_older_document_is_refused_and_names_the_new_revision(s
         ({"op": "edit", "shot": "nobody", "caption": "x"}, "shot"),
         ({"op": "pin", "shot": "s1", "frame": "../../etc/passwd"}, "frame"),
         ({"op": "checkout", "name": "nowhere"}, "name"),
+        ({"op": "set_title", "title": "x" * 201}, "title"),
+        ({"op": "cut", "caption": "a bear", "pins": ["s1"]}, "0"),
         ({"op": "explode"}, "body"),
         ({"op": "redo_edit"}, "op"),
         ({"op": "steer", "caption": "a frog"}, "op"),
@@ -483,8 +511,6 @@ def test_ids_are_names_and_never_paths(server, id):
 
 
 def test_a_project_in_use_elsewhere_is_refused_with_a_reason(server):
-    from shotstream.folder import Folder
-
     session = server.new("a bear", project="busy")
     session.until_done()
     (server.home / "busy").rename(server.home / "busy-too")
@@ -550,6 +576,66 @@ def test_an_unknown_session_closes_sockets_with_4404(server):
         with server.socket(f"/api/v1/sessions/nobody/{path}") as socket, pytest.raises(ConnectionClosed) as closed:
             socket.recv(timeout=PATIENCE)
         assert closed.value.rcvd.code == 4404
+
+
+# Waiting
+
+
+def test_a_worker_that_hangs_keeps_no_request_waiting(tmp_path):
+    """A browser opens six connections at most: if pictures held them all, a command would never be sent."""
+    captions = ["a green bear", "the bear sits", "the bear waves", "a frog", "the frog sits", "the frog waves"]
+    story = Story.model_validate({"shots": [{"caption": c} for c in captions], "defaults": {"chunks": 1}})
+    with make_session(load("tiny"), story, project=tmp_path / "by-hand") as by_hand:
+        assert [chunk.is_last for chunk in by_hand.stream()] == [True] * 6
+    with Server(tmp_path, "--limit", "wait_seconds=1") as server:
+        session = Session(server.ready(), "by-hand")
+        shots = session.document()["shots"]
+        browser = httpx.Client(base_url=server.url, timeout=PATIENCE, limits=httpx.Limits(max_connections=6))
+        paths = [f"/takes/{shot['take']}{kind}" for shot in shots for kind in (".jpg", ".mp4", "/frames/0.jpg")]
+        server.worker.suspend()
+        with browser, concurrent.futures.ThreadPoolExecutor(32) as threads:
+            pictures = [threads.submit(browser.get, session.path + path) for path in paths]
+            strip = threads.submit(browser.get, session.path + "/memory", params={"shot": shots[5]["id"]})
+            time.sleep(0.2)  # by now they have every connection
+            began = time.monotonic()
+            answer = browser.post(session.path + "/export", json={"format": "yaml"})
+            waited = time.monotonic() - began
+            refused = [future.result() for future in pictures]
+        assert answer.status_code == 202
+        assert waited < 10  # five rounds of 19 requests on six connections, a second each, at the worst
+        assert {(r.status_code, r.headers["retry-after"]) for r in refused} == {(503, "1")}
+        assert "try again soon" in refused[0].json()["message"]
+        assert [frame["thumb"] for frame in strip.result().json()["frames"]] == [None] * 6
+        server.worker.resume()
+        for path in paths:
+            wait_for(lambda path=path: session.get(path).status_code == 200)
+
+
+@pytest.mark.slow
+def test_steering_the_shipped_model(tmp_path):
+    """The chunks before it are those of a shot that nobody steered; from it on the words are other words."""
+    with Server(tmp_path, "--experimental", model="storybook") as server:
+        server.ready()
+        frames = []
+        for steers in (False, True):
+            session = server.new(seed=3)
+            with session.events() as events:
+                session.do("cut", caption="A wide shot of a green bear walking in the forest by day.", chunks=8)
+                event(events, "chunk", index=0)
+                if steers:
+                    session.do("steer", caption="A wide shot of a green bear walking on the beach at night.")
+                take = event(events, "shot_done")["take"]
+            document = session.document()
+            record = document["takes"][take]
+            assert document["shots"][0]["take"] == take
+            frames.append([f.to_ndarray(format="rgb24") for f in frames_of(session.get(f"/takes/{take}.mp4").content)])
+    ((chunk, prompt),) = record["steered"]
+    assert 1 <= chunk < 8 and "beach at night" in prompt and "forest" in record["prompt"]
+    saved = json.loads((tmp_path / session.id / "takes" / take / "take.json").read_text())
+    assert saved["steered"] == record["steered"] == [[chunk, prompt]]
+    before = FIRST + (chunk - 1) * LATER
+    assert all((a == b).all() for a, b in zip(frames[0][:before], frames[1][:before], strict=True))
+    assert not (frames[0][before] == frames[1][before]).all()
 
 
 # Things that die
@@ -623,6 +709,31 @@ def test_killed_and_started_again_the_timeline_is_the_same_and_so_is_the_take(tm
         assert path.read_bytes() == again
 
 
+def test_of_a_shot_that_was_killed_there_is_a_partial_take(tmp_path):
+    with Server(tmp_path) as server:
+        session = server.ready().new(project="killed")
+        with session.events() as events:
+            session.do("cut", caption="a bear", chunks=24)
+            take = event(events, "chunk", index=2)["take"]
+            worker = server.worker
+            server.process.kill()
+            server.process.wait()
+            psutil.wait_procs([worker], timeout=PATIENCE)
+    with Folder(tmp_path / "killed") as folder:
+        assert not (tmp_path / "killed" / "unfinished.safetensors").exists()
+        partial = folder.takes()[take]
+    assert partial.partial and 2 <= partial.chunks < 24 and partial.frames == FIRST + (partial.chunks - 1) * LATER
+    path = tmp_path / "killed" / "takes" / take / "latents.safetensors"
+    left = load_file(path)["latents"]
+    with Server(tmp_path) as server:
+        document = Session(server, "killed").document()
+        assert document["takes"][take]["partial"]
+        Session(server, "killed").until_done()
+    whole = load_file(path)["latents"]
+    assert len(whole) > len(left) and (whole[: len(left)] == left).all()
+    assert not (tmp_path / "killed" / "unfinished.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_killed_thirty_times_at_random_a_story_is_the_one_that_was_never_killed(tmp_path):
     """Nothing that was answered is lost, and at the end every take has the latents of an undisturbed run."""
@@ -643,12 +754,12 @@ def test_killed_thirty_times_at_random_a_story_is_the_one_that_was_never_killed(
             server.process.wait()
         known = {id: take for id, take in document["takes"].items() if not take["partial"]}
     with Server(tmp_path / "killed") as server:
-        done = Session(server, "tale").until_done()
+        done = Session(server, "tale").until_done(20 * PATIENCE)  # a busy machine has made nothing until now
         assert [shot["id"] for shot in done["shots"][4:]] == [f"r{round}" for round in range(30)]
         fresh = server.new(*captions, project="undisturbed", seed=4)
         for round in range(30):
             fresh.do("cut", caption=f"the bear sits, {round}", chunks=4, id=f"r{round}")
-        again = fresh.until_done()
+        again = fresh.until_done(20 * PATIENCE)
     takes = [[shot["take"] for shot in document["shots"]] for document in (done, again)]
     assert takes[0] == takes[1]
     for take in takes[0]:

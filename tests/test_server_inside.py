@@ -1,15 +1,19 @@
 """The server with its worker in the same process: what a test must be able to break on purpose."""
 
 import errno
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 from serving import wait_for
 from starlette.testclient import TestClient
 
+from shotstream import take
+from shotstream.config import EXACT
 from shotstream.folder import ProjectError
-from shotstream.server import recorder
+from shotstream.server import exports, recorder, worker
 from shotstream.server.app import create_app
 from shotstream.server.limits import Limits, TokenBucket
 from shotstream.server.security import Guard
@@ -129,6 +133,25 @@ def test_a_full_disk_is_told_and_nothing_is_lost_when_there_is_room_again(client
     until(client, session, "done", "done")
 
 
+def test_a_disk_that_takes_no_latents_is_told_of_by_the_worker(client, monkeypatch):
+    session = new(client, "a bear")
+    until(client, session, "done")
+    real = take.write
+
+    def full(path, data, **how):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(take, "write", full)
+    with listening(client, session) as events:
+        do(client, session, "cut", caption="a frog", chunks=3)
+        assert [event(events, "chunk")["index"] for _ in range(3)] == [0, 1, 2]
+        error = event(events, "error")
+    assert error["code"] == "disk" and "No space left" in error["message"] and "free some space" in error["remedy"]
+    monkeypatch.setattr(take, "write", real)
+    do(client, session, "play")
+    until(client, session, "done", "done")
+
+
 def test_a_disk_that_takes_no_project_refuses_the_command(client, monkeypatch):
     session = new(client, "a bear")
     until(client, session, "done")
@@ -190,6 +213,48 @@ def test_more_than_a_project_may_hold_is_refused(tmp_path):
         until(client, session, "done")
         refused = client.post(f"{session}/commands", json={"op": "cut", "caption": "x"})
         assert (refused.status_code, refused.json()["limit"]) == (429, "project_bytes")
+
+
+def test_pictures_do_not_wait_for_films(tmp_path, monkeypatch):
+    """However many sessions write a film, there are threads left for what takes a moment."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # by this, event loops choose how many threads they have
+    go = threading.Event()
+    monkeypatch.setattr(exports, "_write", lambda path, *rest: go.wait(60) and path.write_text("film"))
+    with serving(tmp_path) as client:
+        sessions = [new(client, "a bear", title=f"number {i}") for i in range(8)]
+        take = until(client, sessions[0], "done")["shots"][0]["take"]
+        for session in sessions:
+            until(client, session, "done")
+            (tmp_path / session.rpartition("/")[2] / "exports").mkdir()
+            assert client.post(f"{session}/export", json={"format": "gif"}).status_code == 202
+        with ThreadPoolExecutor(1) as thread:
+            picture = thread.submit(client.get, f"{sessions[0]}/takes/{take}/frames/8.jpg")
+            try:
+                assert picture.result(timeout=30).status_code == 200
+            finally:
+                go.set()
+
+
+def test_orders_do_not_wait_for_a_busy_worker(monkeypatch):
+    """It reads between chunks, and a pipe holds far less than these."""
+    free, received = threading.Event(), []
+
+    def busy(connection, *arguments):
+        free.wait(60)
+        while not isinstance(order := connection.recv(), worker.End):
+            received.append(order)
+
+    monkeypatch.setattr(worker, "work", busy)
+    keeper = worker.Worker("tiny", "cpu", None, None, EXACT, in_process=True, hear=lambda news: None)
+    keeper.start()
+    orders = [worker.Steer("job", f"{i}" * 100_000) for i in range(50)]
+    sent = threading.Thread(target=lambda: [keeper.order(order) for order in orders], daemon=True)
+    sent.start()
+    sent.join(10)
+    assert not sent.is_alive() and not received
+    free.set()
+    keeper.close()
+    assert received == orders
 
 
 def test_steering_where_it_is_allowed(tmp_path):

@@ -1,6 +1,7 @@
 """The session: the same story whoever drives it, however it is interrupted, and no memory that grows."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from shotstream.config import PRESETS, PatchVAEConfig
 from shotstream.memory.plan import Frame
 from shotstream.memory.policies.dual_buffer import DualBuffer
 from shotstream.pipeline import Pipeline
-from shotstream.project import Request
 from shotstream.rollout import Prompts, Roll, SeededNoise, Stills, new_memory
 from shotstream.session import Session, Shot, candidates, to_uint8
 from shotstream.take import KEPT, Maker, Shelf
@@ -119,6 +119,45 @@ def test_a_cut_takes_its_defaults_from_model_and_session(pipeline):
     assert len(session.queue) == 2
 
 
+# -- reading ahead
+
+
+def queued(pipeline: Pipeline, *pins: tuple[str, ...]) -> list[Tensor]:
+    """The story of seed 7 made in one go: nothing is ever read ahead."""
+    session = Session(pipeline, seed=7)
+    for caption, pinned in zip(CAPTIONS, pins or [()] * len(CAPTIONS), strict=False):
+        session.cut(caption, pins=pinned)
+    chunks = list(session.stream())
+    return [torch.cat([c.latents for c in chunks if c.shot.index == i]) for i in range(session.cuts)]
+
+
+def test_context_is_read_before_the_caption_comes_and_changes_no_bit(pipeline):
+    calls: list[str] = []
+    session, made = Session(pipeline, seed=7), list[Tensor]()
+    hook = pipeline.dit.register_forward_pre_hook(lambda dit, inputs: calls.append(inputs[4].new[0].role))
+    try:
+        for caption in CAPTIONS[:3]:
+            calls.clear()
+            session.cut(caption)
+            stream = session.stream()
+            made.append(torch.cat([next(stream).latents for _ in range(CONFIG.chunks)]))
+            assert set(calls) == {"local"}
+            assert next(stream, None) is None
+            assert calls[-1] == "context"
+    finally:
+        hook.remove()
+    assert equal(made, queued(pipeline)[:3])
+
+
+def test_what_was_read_ahead_for_another_past_is_not_used(pipeline):
+    """A pin, or another first shot, after the context of the third shot was read as the rule has it."""
+    session = Session(pipeline, seed=7)
+    made = tell(session, CAPTIONS[:2])
+    made.append(make_shot(session, CAPTIONS[2], pins=("s1@4",)))
+    assert equal(made, queued(pipeline, (), (), ("s1@4",)))
+    assert not torch.equal(made[2], queued(pipeline)[2])
+
+
 # -- law 5: one rollout
 
 
@@ -159,8 +198,8 @@ def record_context(session: Session, monkeypatch) -> list[list[tuple[int, int]]]
     """Every context a rollout of this session is given from now on, as (shot, picture)."""
     asked, give = [], Maker._context
 
-    def spy(self: Maker, request: Request, shelf: Shelf) -> Stills:
-        context = give(self, request, shelf)
+    def spy(self: Maker, line: Sequence[str], shelf: Shelf) -> Stills:
+        context = give(self, line, shelf)
 
         def recorded(frames: tuple[Frame, ...]) -> Tensor:
             asked.append([(frame.shot, frame.offset) for frame in frames])
@@ -181,14 +220,14 @@ def test_the_context_of_ten_shots_is_the_released_one(pipeline, monkeypatch):
     monkeypatch.setattr(Maker, "picture", None)  # nothing is decoded again
     for shot in range(11):
         make_shot(session, f"a cat and {shot} bears")
-    assert asked == [PICKS[finished] for finished in range(1, 11)]  # the first shot has none
+    assert asked[:-1] == [PICKS[finished] for finished in range(1, 11)]  # the first shot has none; the last is ahead
 
 
 def test_released_weights_get_zero_latents_before_the_first_shot(pipeline, monkeypatch):
     session = Session(few_steps(pipeline, policy=DualBuffer(limit=None, first_shot="zeros")))
     asked = record_context(session, monkeypatch)
     latents = make_shot(session, CAPTIONS[0])
-    assert asked == [[(0, -1)] * 6]
+    assert asked[0] == [(0, -1)] * 6
     assert not torch.equal(latents, make_shot(Session(few_steps(pipeline)), CAPTIONS[0]))
 
 
@@ -198,7 +237,7 @@ def test_every_picture_that_can_be_picked_is_kept(lengths, remainder):
     policy = DualBuffer(remainder=remainder)
     for finished in range(1, len(lengths) + 1):
         for frame in policy.boundary((), (), True, lengths[:finished]).prefill:
-            assert frame.offset in candidates(lengths[frame.shot], policy.budget)
+            assert frame.offset in candidates(frame.shot, lengths[frame.shot], policy)
 
 
 # -- law 6: bounded, and nobody disturbs anybody
@@ -232,19 +271,23 @@ def test_memory_is_bounded_over_fifty_shots(pipeline, monkeypatch):
     for shot in range(50):
         tokens.clear()
         make_shot(session, CAPTIONS[shot % 4], chunks=2)
-        (roll,) = rolls
+        assert len(rolls) == (1 if shot else 2)  # the next shot's, whose context is read ahead
+        roll = rolls[-1]
         rolls.clear()
         sizes.append(held(session, roll))
         work.append((list(tokens), len(roll.memory.frames)))
     hook.remove()
+    latent = 8 * 4 * 6 * 4
+    stills = [len(candidates(shot, 21, pipeline.config.policy)) * latent for shot in range(50)]
+    kept = [size.pop("stills") for size in sizes]
+    assert kept == [sum(stills[max(0, shot + 1 - KEPT) : shot + 1]) for shot in range(50)]  # and no picture
+    assert kept[-1] == KEPT * latent
     steady = sizes[KEPT]
     assert sizes[KEPT:] == [steady] * (50 - KEPT)
     assert all(size[name] <= steady[name] for size in sizes for name in steady)
     assert work[1:] == [work[1]] * 49  # the same calls, reading as many frames, in every shot with a past
     assert steady["takes"] == KEPT
-    latent = 8 * 4 * 6 * 4
     assert steady["latents"] == KEPT * 6 * latent
-    assert steady["stills"] == KEPT * len(candidates(21, 6)) * latent  # and no picture
 
 
 def test_two_sessions_on_one_pipeline_do_not_disturb_each_other(pipeline, story):

@@ -328,7 +328,7 @@ def test_a_call_that_failed_leaves_nothing_behind(dit, name, call):
         if len(seen) == call:
             raise KeyboardInterrupt
 
-    hook = dit.blocks[1].ffn.register_forward_pre_hook(interrupt)
+    hook = dit.blocks[1].self_attn.k.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(roll, 2)
     hook.remove()

@@ -45,6 +45,34 @@ def test_noise_is_normal_and_never_the_same() -> None:
     assert float(correlations.abs().max()) < 0.08
 
 
+def test_parts_of_a_share_have_the_numbers_of_the_whole() -> None:
+    half = Draws(3, 5, Share(1, 2))
+    parts = half.parts(2)
+    for _ in range(2):
+        noise = half.noise((4, 3))
+        assert torch.equal(torch.cat([part.noise((2, 3)) for part in parts]), noise)
+        assert torch.equal(torch.cat([part.uniform(2) for part in parts]), half.uniform(4))
+        assert {part.rng.random() for part in parts} == {half.rng.random()}
+    assert [part.part.of(["a", "b"]) for part in parts] == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("recipe", ["stage1", "stage2"])
+def test_working_in_parts_changes_nothing(recipe: str, tmp_path: Path) -> None:
+    """Stage 2 is stopped in the middle of a story, and goes on with another number of parts."""
+    folder = write_stories(tmp_path / "stories")
+
+    def run(name: str, steps: int, parts: int) -> dict[str, torch.Tensor]:
+        runs = settings(tmp_path / name, steps=steps, accumulate=parts, optimizer="adamw", clip=1e9)
+        return train(recipe, folder, runs).masters.state_dict()
+
+    start, whole = run("none", 0, 1), run("whole", 5, 1)
+    run("parts", 3, 2)
+    in_parts = run("parts", 5, 4)
+    moved = max(float((whole[n] - start[n]).abs().max()) for n in whole)
+    apart = max(float((whole[n] - in_parts[n]).abs().max()) for n in whole)
+    assert moved > 1e-3 and apart < 0.02 * moved
+
+
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network(torch.nn.Linear(2, 2), RunConfig(dtype="float32"))
     file = File(tmp_path)

@@ -18,15 +18,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shotstream.config import Fast
     from shotstream.film import generate
     from shotstream.pipeline import load
     from shotstream.session import Chunk, Session
     from shotstream.story import Shot, Story
 
-__all__ = ["Chunk", "Session", "Shot", "Story", "generate", "load"]
+__all__ = ["Chunk", "Fast", "Session", "Shot", "Story", "generate", "load"]
 
 _HOMES = {
     "Chunk": "session",
+    "Fast": "config",
     "Session": "session",
     "Shot": "story",
     "Story": "story",

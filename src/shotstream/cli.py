@@ -118,6 +118,13 @@ Set = Annotated[
 ]
 
 
+AllFast = Annotated[
+    bool, typer.Option("--fast", help="Approximate what can be, for speed: --fp8 and --tiny-decoder together.")
+]
+Fp8 = Annotated[bool, typer.Option("--fp8", help="Approximate: linears in 8-bit floats; faster on recent GPUs only.")]
+TinyDecoder = Annotated[bool, typer.Option("--tiny-decoder", help="Approximate: a small network draws the pictures.")]
+
+
 @app.command()
 def generate(
     story: StoryFile,
@@ -134,6 +141,9 @@ def generate(
     set_: Set = None,
     release: ReleaseName = None,
     lora: Lora = None,
+    fast: AllFast = False,
+    fp8: Fp8 = False,
+    tiny_decoder: TinyDecoder = False,
     project: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every finished shot there.")] = None,
     resume: Resume = False,
     shots: Shots = None,
@@ -141,6 +151,7 @@ def generate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, stop.")] = False,
 ) -> None:
     """Make a video of a story; it grows shot by shot while the story is told."""
+    from shotstream.config import Fast
     from shotstream.progress import report
     from shotstream.story import Story
 
@@ -155,6 +166,7 @@ def generate(
             raise Failure("--resume: of which project? add --project DIR", USAGE)
         loading: Loading = {"precision": _precision(precision), "text_device": text_device, "offload": offload}
         loading |= {"overrides": set_ or (), "release": release, "lora": lora}
+        loading["fast"] = Fast(fp8=fast or fp8, decoder=fast or tiny_decoder)
         film = _plan(tale, model, device, str(story), loading, policy)
         told = report(json_events, dry_run)
         for warning in film.warnings():

@@ -39,6 +39,7 @@ def doctor(
             _say("GPU", line)
         _say("video", f"av {version('av')}, " + (f"without {', '.join(missing)}" if missing else "all encoders"))
         _say("extra wan", _extra_wan())
+        _say("fast mode", _fast())
         for line in _caches():
             _say("cache", line)
         _say(config.name, advice(config))
@@ -119,6 +120,17 @@ def _gpus() -> list[str]:
         free, whole = torch.cuda.mem_get_info(i)
         lines.append(f"{torch.cuda.get_device_name(i)}, {size(free)} of {size(whole)} free")
     return lines
+
+
+def _fast() -> str:
+    import torch
+
+    from shotstream.film import find_device
+    from shotstream.models.fp8 import has_kernel
+
+    device = find_device("auto")
+    eight_bits = "computes" if has_kernel(torch.device(device)) else "only simulates"
+    return f"off unless asked for (--fast), and never exact; {device} {eight_bits} fp8"
 
 
 def _extra_wan() -> str:

@@ -23,6 +23,7 @@ from typing import Unpack
 
 import torch
 
+from shotstream import fast
 from shotstream.folder import ProjectError
 from shotstream.footprint import peak_memory
 from shotstream.memory.plan import MemoryPolicy
@@ -74,6 +75,7 @@ class Summary:
     load_s: float
     video_seconds: float
     memory_gb: float  # the most that was held: of the GPU's memory if it computes, else by the process
+    fast: tuple[str, ...] = ()  # what was approximated
 
 
 def generate(
@@ -181,7 +183,8 @@ class Film:
         return [self.pipeline.prompt(s.global_caption, i, s.caption) for i, s in enumerate(self.shots)]
 
     def warnings(self) -> Iterator[str]:
-        """What a writer should know before waiting: unused keys, words the model cannot read, rounded lengths."""
+        """What a writer should know before waiting: fast mode, unused keys, unknown words, rounded lengths."""
+        yield from fast.notes(self.pipeline.fast, self.pipeline.dit.device)
         if self.story.negative:
             yield "negative: is not read, for this model works without guidance"
         said: set[str] = set()
@@ -251,6 +254,7 @@ class Film:
             load_s=round(self.load_s, 3),
             video_seconds=round(video.frames / self.fps, 3),
             memory_gb=round(peak_memory(str(self.pipeline.dit.device)) / 1e9, 3),
+            fast=self.pipeline.fast.names,
         )
 
     def recipe(self) -> str:
@@ -260,6 +264,7 @@ class Film:
             "shotstream": version("shotstream"),
             "model": self.pipeline.config.name,
             "revision": self.pipeline.revision,
+            **({"fast": self.pipeline.fast.names} if self.pipeline.fast else {}),
             **({} if self.policy is None else {"policy": str(self.policy)}),
             "seed": self.story.seed,
             "shots": [{key: asdict(shot)[key] for key in keys} for shot in self.shots],

@@ -4,6 +4,7 @@
     ├── project.json     branches, head, journal of edits
     ├── story.yaml       the head as a story, always current
     ├── lock             held while it is open for writing
+    ├── unfinished.safetensors      what there is of the take being made; a partial take, if nobody lives to finish it
     └── takes/<id>/      take.json, latents.safetensors (`shotstream.take`), video.mp4 and thumb.jpg where a server ran
 
 A file is written under a temporary name and renamed; a take's `take.json` comes last of its files, `project.json` last
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from shotstream.memory.plan import MemoryPolicy
-from shotstream.project import BARE, Branch, Model, Place, Plan, Project, Take
+from shotstream.plan import BARE, Branch, Place, Plan
+from shotstream.project import Project
+from shotstream.records import Model, Take
 from shotstream.story import Shot, Story
 
 if sys.platform == "win32":
@@ -79,6 +83,7 @@ class _Saved(_Strict):
 
 
 _TAKE = TypeAdapter(Take)
+UNFINISHED = "unfinished.safetensors"
 _FILES = {"latents": "latents.safetensors", "video": "video.mp4", "thumb": "thumb.jpg"}
 
 
@@ -98,8 +103,11 @@ class Folder:
             except OSError as error:
                 raise _explained(self.path, error) from None
             self._lock = _locked(self.path / "lock")
-            for left in [*self.path.glob(".*.part"), *self.path.glob("takes/*/.*.part")]:
-                left.unlink(missing_ok=True)  # of a process that was killed
+            try:
+                self._recover()
+            except OSError as error:
+                self.close()
+                raise _explained(self.path, error) from None
 
     def __enter__(self) -> Self:
         return self
@@ -180,6 +188,28 @@ class Folder:
                     found.append(take)
         return {take.id: take for take in sorted(found, key=lambda take: (take.created, take.number))}
 
+    def _recover(self) -> None:
+        """Sweep up after a killed process; what it had made of a take is a partial one, unless there is more."""
+        for file in [*self.path.glob(".*.part"), *self.path.glob("takes/*/.*.part")]:
+            file.unlink(missing_ok=True)
+        left = self.path / UNFINISHED
+        if not left.exists():
+            return
+        try:
+            with safe_open(left, "np") as file:
+                take = _TAKE.validate_json((file.metadata() or {})["take"])
+        except (SafetensorError, ValidationError, KeyError):
+            left.unlink()
+            return
+        known = self.takes().get(take.id)
+        if known is None or (known.partial and known.chunks < take.chunks):
+            self.take(take.id).mkdir(exist_ok=True)
+            for name in ("take.json", "video.mp4", "thumb.jpg"):  # of an earlier try
+                (self.take(take.id) / name).unlink(missing_ok=True)
+            left.replace(self.take(take.id) / _FILES["latents"])
+            self.keep(take)
+        left.unlink(missing_ok=True)
+
     def _read(self) -> _Saved:
         path = self.path / "project.json"
         try:
@@ -200,17 +230,18 @@ class Folder:
         return ProjectError(f"{self.path / 'project.json'}: is damaged ({what}); {remedy}")
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a whole file or none, also if the power fails. Raises OSError, with the path."""
+def write(path: Path, data: bytes, lasting: bool = True) -> None:
+    """Write a whole file or none; also if the power fails, if it is lasting. Raises OSError, with the path."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
-        if sys.platform != "win32":
+        if lasting and sys.platform != "win32":
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)

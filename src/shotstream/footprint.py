@@ -30,7 +30,7 @@ class Footprint:
     dit: int
     vae: int
     text: int
-    memory: int  # stored keys and values, and the same again as they are read
+    memory: int  # stored keys and values; the same again as they are read, where a policy may move them
     work: int
 
     @property
@@ -76,7 +76,8 @@ def _memory(config: Config, width: int) -> int:
     per_token = 2 * config.dit.layers * config.dit.dim * width
     stored = frames * _tokens(config) * per_token
     assert isinstance(config.text, UMT5Config)
-    return 2 * stored + _PROMPTS * config.text.length * per_token
+    copies = 1 if config.policy.settled else 2
+    return copies * stored + _PROMPTS * config.text.length * per_token
 
 
 def _work(config: Config, width: int) -> int:

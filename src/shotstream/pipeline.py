@@ -10,24 +10,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, Unpack
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from shotstream import checkpoints, releases
+from shotstream import checkpoints, fast, releases
 from shotstream.checkpoints import LoRA, Network, Weights, read_model
 from shotstream.checkpoints import ModelError as ModelError
-from shotstream.config import PRESETS, Config, PatchVAEConfig, UMT5Config, WanVAEConfig, WordsConfig, override
+from shotstream.config import (
+    EXACT,
+    PRESETS,
+    Config,
+    Fast,
+    PatchVAEConfig,
+    UMT5Config,
+    WanVAEConfig,
+    WordsConfig,
+    override,
+)
+from shotstream.graphs import accelerate
 from shotstream.models import umt5, vae
 from shotstream.models.dit import DiT, by_columns
-from shotstream.models.patch_vae import PatchVAE
+from shotstream.models.fp8 import to_fp8
+from shotstream.models.patch_vae import PatchVAE, by_channels
 from shotstream.models.text import TextEncoder, Words
 from shotstream.releases import Release
 from shotstream.storybook.captions import VOCABULARY, tokenize
 from shotstream.text_cache import TextCache
 
 BUILT_IN = ("storybook",)
+N = TypeVar("N", bound=nn.Module)
 
 
 class OptionError(ModelError):
@@ -47,6 +60,8 @@ class Loading(TypedDict, total=False):
     release: the published system that a local checkpoint belongs to, which gives schedule and policy.
     lora: a LoRA to merge into the DiT.
     tell: told of downloads before they start, a line at a time; prints to stderr by default.
+    fast: what to approximate for speed; nothing by default.
+    compiled: on a GPU, compile the DiT's blocks and record its passes; exact, and slow to start. Elsewhere nothing.
     """
 
     precision: Literal["reference", "fast"] | None
@@ -56,6 +71,8 @@ class Loading(TypedDict, total=False):
     release: str | None
     lora: str | Path | None
     tell: Callable[[str], None]
+    fast: Fast
+    compiled: bool
 
 
 class VAE(Protocol):
@@ -76,7 +93,8 @@ class Pipeline:
     dit: DiT
     vae: VAE
     text: TextEncoder
-    revision: str = ""  # hash of the weights
+    revision: str = ""  # hash of the weights, and what is approximate
+    fast: Fast = EXACT
 
     def prompt(self, global_caption: str, shot: int, caption: str) -> str:
         """The text that the model reads for shot number `shot` (from 0)."""
@@ -93,10 +111,17 @@ def load(model: str | Path = "storybook", device: str = "cpu", **how: Unpack[Loa
 
     Raises ModelError with one line that says what to do.
     """
+    pipeline = _hastened(_exact(model, device, how), how.get("fast", EXACT), model, device)
+    if how.get("compiled", False):
+        accelerate(pipeline.dit)
+    return pipeline
+
+
+def _exact(model: str | Path, device: str, how: Loading) -> Pipeline:
     if model == "tiny":
         return _random(_configured(PRESETS["tiny"], how), device)
     if model in BUILT_IN:
-        return _read(Path(str(files("shotstream") / "storybook" / "weights" / f"{model}.safetensors")), device, how)
+        return _read(_built_in(str(model)), device, how)
     if Path(model).exists():
         path = Path(model)
         if path.is_file() and checkpoints.is_ours(path):
@@ -109,6 +134,36 @@ def load(model: str | Path = "storybook", device: str = "cpu", **how: Unpack[Loa
     raise ModelError(
         f"unknown model {str(model)!r}; known: {', '.join(BUILT_IN)}, {releases.nearest(str(model))}; or a file"
     )
+
+
+def _built_in(name: str) -> Path:
+    return Path(str(files("shotstream") / "storybook" / "weights" / f"{name}.safetensors"))
+
+
+def _hastened(pipeline: Pipeline, what: Fast, model: str | Path, device: str) -> Pipeline:
+    """The same model with what is asked for approximated; its revision says so."""
+    if not what:
+        return pipeline
+    vae, revision = pipeline.vae, pipeline.revision + "+fp8" * what.fp8
+    if what.decoder:
+        vae, made = _with_tiny_decoder(pipeline, model, device)
+        revision += f"+tiny-{made}"
+    dit = to_fp8(pipeline.dit) if what.fp8 else pipeline.dit
+    return dataclasses.replace(pipeline, dit=dit, vae=vae, revision=revision, fast=what)
+
+
+def _with_tiny_decoder(pipeline: Pipeline, model: str | Path, device: str) -> tuple[VAE, str]:
+    """The autoencoder with a tiny decoder, and what names that. Raises ModelError."""
+    vae, dtype = pipeline.vae, getattr(torch, pipeline.config.dtype)
+    if model == "tiny":
+        assert isinstance(vae, PatchVAE)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return _drawing(fast.with_decoder(vae, vae.config.tiny)).to(device, dtype), "random"
+    if isinstance(vae, PatchVAE):
+        return fast.read_decoder(fast.beside(_built_in(model) if model in BUILT_IN else Path(model)), vae)
+    decoder, made = fast.published_decoder(Path(model) if Path(model).is_dir() else None, device, dtype)
+    return fast.Joined(vae, decoder), made
 
 
 def build(config: Config, vocabulary: tuple[str, ...] = VOCABULARY) -> tuple[DiT, PatchVAE, Words]:
@@ -157,6 +212,7 @@ def _read(path: Path, device: str, how: Loading) -> Pipeline:
             reason = str(error).splitlines()[1].strip()[:200]
             raise ModelError(f"{path}: weights do not fit its configuration: {reason}") from None
         network.requires_grad_(False).eval().to(device, getattr(torch, config.dtype))
+    by_channels(networks["vae"])  # type: ignore[arg-type]
     if device == "cpu":
         by_columns(networks["dit"])  # type: ignore[arg-type]
     return Pipeline(config, networks["dit"], networks["vae"], networks["text"], revision)  # type: ignore[arg-type]
@@ -314,13 +370,20 @@ def _random(config: Config, device: str) -> Pipeline:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dit, vae, text = build(config)
-        for parameter in [*dit.parameters(), *vae.parameters()]:
-            if parameter.ndim > 1 and not parameter.any():  # zero-initialised layers would hide everything behind them
-                torch.nn.init.normal_(parameter, std=0.02)
+        _drawing(dit), _drawing(vae)
         torch.nn.init.orthogonal_(vae.project, gain=0.3)  # `fit` would take seconds
         vae.unproject.copy_(vae.project.T / 0.3**2)
     for network in (dit, vae, text):
         network.requires_grad_(False).eval().to(device, getattr(torch, config.dtype))
+    by_channels(vae)
     if device == "cpu":
         by_columns(dit)
     return Pipeline(config, dit, vae, text, "random")
+
+
+def _drawing(network: N) -> N:
+    """With zero-initialised layers filled, which would hide everything behind them."""
+    for parameter in network.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return network.requires_grad_(False).eval()

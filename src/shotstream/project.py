@@ -15,220 +15,32 @@ every edit.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from functools import cached_property, lru_cache
-from itertools import accumulate, takewhile
 from typing import Any, Literal
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from shotstream.config import Config
+from shotstream.document import View
 from shotstream.memory.plan import Frame, MemoryPolicy
-from shotstream.memory.policies import choose
+from shotstream.memory.policies import choose, rehearse
 from shotstream.memory.policies.dual_buffer import DualBuffer
+from shotstream.plan import BARE, Branch, Place, Plan, State, laid_out
+from shotstream.records import CommandError, Model, Request, Still, Take, after, digest, pasts
 from shotstream.story import FILE_LIMIT, SHOT_LIMIT, Shot, ShotMemory, Story, StoryError
-from shotstream.storybook.captions import tokenize
+
+__all__ = ["OPS", "CommandError", "Model", "Project", "Request", "Still", "Take"]
 
 OPS = (
-    *("cut", "edit", "move", "delete", "redo", "regenerate", "set_global", "pin", "unpin"),
+    *("cut", "edit", "move", "delete", "redo", "regenerate", "set_title", "set_global", "pin", "unpin"),
     *("branch", "checkout", "rename_branch", "undo", "redo_edit", "play", "pause", "stop"),
 )
 """The commands: methods of `Project` with these names."""
 
 UNDO_LIMIT = 500  # edits that can be undone
-
-State = Literal["planned", "queued", "running", "done", "stale", "failed", "stopped"]
-
-
-class CommandError(ValueError):
-    """A command that cannot be carried out: the field at fault, and what to do. Nothing was changed."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.message = message
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a plan must know of a model."""
-
-    config: Config
-    revision: str = ""  # hash of the weights
-    words: tuple[str, ...] | None = None  # all it has ever read; None: reads any text
-
-    @property
-    def limit(self) -> int:
-        """Words or tokens of a prompt that are read."""
-        return self.config.text.length
-
-    def prompt(self, global_caption: str, number: int, caption: str) -> str:
-        """What the model reads for shot `number` (from 0)."""
-        return self.config.prompt.format(global_caption=global_caption, shot=number, caption=caption).strip()
-
-    def warnings(self, prompt: str) -> list[str]:
-        """What a writer should know of a prompt: words the model has never read, words past its limit."""
-        if self.words is None:
-            return []
-        said, vocabulary = tokenize(prompt), self._vocabulary
-        unknown = list(dict.fromkeys(word for word in said if word not in vocabulary))
-        beyond = [word for word in said if word in vocabulary][self.limit :]
-        ignored = f"the model does not know {', '.join(map(repr, unknown))} and ignores it"
-        cut = f"only the first {self.limit} words it knows are read; cut: {' '.join(beyond)}"
-        return [ignored] * bool(unknown) + [cut] * bool(beyond)
-
-    @cached_property
-    def _vocabulary(self) -> frozenset[str]:
-        return frozenset(self.words or ())
-
-
-@dataclass(frozen=True)
-class Still:
-    """A frame of an earlier shot that conditions a shot. `take` is None while that shot is not made."""
-
-    shot: str
-    take: str | None
-    frame: int
-    pinned: bool = False
-
-
-@dataclass(frozen=True)
-class Take:
-    """One made version of a shot; as `takes/<id>/take.json`. Captions are written out, as the model read them."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    id: str
-    shot: str
-    number: int  # of the shot in the story it was made in, from 0
-    parent: str | None  # the take before it there
-    past: str  # a hash of all takes before it there
-    caption: str
-    global_caption: str
-    prompt: str
-    seed: int
-    chunks: int
-    frames: int
-    context: tuple[Still, ...]
-    model: str
-    revision: str
-    steered: tuple[tuple[int, str], ...] = ()  # from this chunk on it read another prompt
-    partial: bool = False  # cut off: `frames` are fewer than asked for, and it will be made again
-    device: str = ""  # where it was made; like everything below no part of its id
-    timings: dict[str, float] = field(default_factory=dict)  # seconds
-    created: str = ""  # ISO 8601
-
-
-@dataclass(frozen=True)
-class Request:
-    """A take to be made: everything it depends on."""
-
-    take: str  # the id it will have
-    shot: str
-    number: int  # from 0
-    caption: str
-    global_caption: str
-    prompt: str
-    seed: int
-    chunks: int
-    frames: int
-    context: tuple[Still, ...]  # in the order of the policy, without stills that are zero
-    pins: tuple[tuple[int, int], ...]  # (number of the shot, frame)
-    line: tuple[str, ...]  # the takes before it, from the story's first
-    lengths: tuple[int, ...]  # frames of those
-    prompts: tuple[str, ...]  # prompts of those
-    steered: tuple[tuple[tuple[int, str], ...], ...]  # and how they were steered
-    past: str
-    model: str
-    revision: str
-
-    def done(
-        self,
-        timings: Mapping[str, float],
-        device: str = "",
-        *,
-        chunks: int | None = None,
-        frames: int | None = None,
-        steered: Sequence[tuple[int, str]] = (),
-    ) -> Take:
-        """The take this has become. timings: in seconds. device: where.
-
-        chunks: after how many it was cut off. frames: made, if not as many as asked for. steered: (chunk, prompt),
-        another prompt was read from there on.
-        """
-        return Take(
-            id=digest(self.take, list(map(list, steered))) if steered else self.take,
-            shot=self.shot,
-            number=self.number,
-            parent=self.line[-1] if self.line else None,
-            past=self.past,
-            caption=self.caption,
-            global_caption=self.global_caption,
-            prompt=self.prompt,
-            seed=self.seed,
-            chunks=self.chunks if chunks is None else chunks,
-            frames=self.frames if frames is None else frames,
-            context=self.context,
-            model=self.model,
-            revision=self.revision,
-            steered=tuple(steered),
-            partial=chunks is not None,
-            device=device,
-            timings={name: round(seconds, 4) for name, seconds in timings.items()},
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        )
-
-
-@dataclass(frozen=True)
-class Place:
-    """A shot in a plan: its words, the global caption that holds for it, and the take it shows, if any."""
-
-    shot: Shot
-    global_caption: str
-    take: str | None = None
-
-    @property
-    def pins(self) -> tuple[str, ...]:
-        return self.shot.memory.pin if self.shot.memory else ()
-
-    def reworded(self, **changes: Any) -> Place:
-        """The same place with other words, and so without a take."""
-        return Place(self.shot.model_copy(update=changes), self.global_caption)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A line of shots. `global_caption` holds for the next cut."""
-
-    places: tuple[Place, ...] = ()
-    global_caption: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All branches and which of them is the head: what an edit replaces, and undo brings back.
-
-    base: what the story says besides its shots (title, seed, cast, ...).
-    """
-
-    head: str
-    branches: Mapping[str, Branch]
-    base: Story
-
-    @property
-    def branch(self) -> Branch:
-        return self.branches[self.head]
-
-    def with_branch(self, branch: Branch) -> Plan:
-        """The same plan with another head branch."""
-        return replace(self, branches={**self.branches, self.head: branch})
 
 
 @dataclass
@@ -238,23 +50,6 @@ class Running:
     request: Request
     chunk: int = 0  # finished chunks
     stop: bool = False  # was asked to stop
-
-
-def digest(*parts: object) -> str:
-    """16 hex digits of SHA-256 of parts that JSON can hold."""
-    text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def after(past: str, take: str) -> str:
-    """The past of the shot that follows `take`; a story's first shot has the past ""."""
-    return digest(past, take)
-
-
-@lru_cache(64)
-def pasts(takes: tuple[str | None, ...]) -> list[str]:
-    """The past at each place of a line of takes, and at its end."""
-    return list(accumulate(takes, lambda past, take: after(past, take or ""), initial=""))
 
 
 class Project:
@@ -288,10 +83,15 @@ class Project:
         self._waiting: dict[str, tuple[str, float]] = {}  # by shot: the command that no picture has answered yet
         self._undo: list[Plan] = []
         self._redo: list[Plan] = []
+        self._view = View()
         self.plan = Plan("main", {"main": Branch()}, Story.model_construct(seed=seed, shots=()))
         if story:
-            self.plan = Plan("main", {"main": _laid_out(story)}, story.model_copy(update=BARE))
+            self.plan = Plan("main", {"main": laid_out(story)}, story.model_copy(update=BARE))
             self._check_pins()
+            try:
+                self._check_limit()
+            except ValueError as error:
+                raise StoryError(str(error)) from None
 
     # What is there
 
@@ -339,20 +139,31 @@ class Project:
             raise CommandError("shot", f"there is no shot {shot!r}{_near(shot, ids)}")
         return ids.index(shot)
 
+    def states(self) -> list[State]:
+        """The states of the head's shots."""
+        past, first = "", self._first_open()
+        ahead: State = "queued" if self.playing else "planned"
+        states: list[State] = []
+        for index, place in enumerate(self.places):
+            if place.take:
+                states.append("done" if self.takes[place.take].past == past else "stale")
+            else:
+                states.append(self._next_state(index) if index == first else ahead)
+            past = after(past, place.take or "")
+        return states
+
+    def _next_state(self, index: int) -> State:
+        """The state of the first shot without a take."""
+        take = self.request(index).take
+        if self.running and self.running.request.take == take:
+            return "running"
+        if self.playing:
+            return "queued"
+        return "failed" if take in self.failures else "stopped" if take in self.takes else "planned"
+
     def state(self, index: int) -> State:
         """The state of a shot of the head."""
-        place = self.places[index]
-        if place.take:
-            return "done" if self.takes[place.take].past == self._past(index) else "stale"
-        if index == self._first_open():
-            request = self.request(index)
-            if self.running and self.running.request.take == request.take:
-                return "running"
-            if not self.playing and request.take in self.failures:
-                return "failed"
-            if not self.playing and request.take in self.takes:
-                return "stopped"
-        return "queued" if self.playing else "planned"
+        return self.states()[index]
 
     def told(self, place: Place) -> Story:
         """A story of this shot alone: writes captions out, derives seed and length."""
@@ -380,13 +191,19 @@ class Project:
         )
 
     def memory(self, shot: str) -> dict[str, Any]:
-        """The context of a shot, and the earlier shots it does not see: of its take as made, else as planned."""
+        """The context of a shot, and the earlier shots it does not see: of its take as made, else as planned.
+
+        next: the same of its next take, by the pins it has now.
+        """
         index = self.index(shot)
-        place = self.places[index]
-        context = self.takes[place.take].context if place.take else self.context(index)
+        planned, take = self.context(index), self.places[index].take
+        made = self.takes[take].context if take else planned
+        return {"shot": shot, **self._seen(index, made), "next": self._seen(index, planned)}
+
+    def _seen(self, index: int, context: tuple[Still, ...]) -> dict[str, Any]:
         seen = {still.shot for still in context}
-        forgotten = [p.shot.id for p in self.places[:index] if p.shot.id not in seen]
-        return {"shot": shot, "frames": [asdict(still) for still in context], "forgotten": forgotten}
+        forgotten = [place.shot.id for place in self.places[:index] if place.shot.id not in seen]
+        return {"frames": [asdict(still) for still in context], "forgotten": forgotten}
 
     def request(self, index: int) -> Request:
         """What to make for a shot of the head. All shots before it have takes."""
@@ -500,10 +317,11 @@ class Project:
         seed: int | None = None,
         at: int | None = None,
         global_caption: str | None = None,
+        pins: Sequence[str] = (),
     ) -> str:
         """Plan a new shot, at the end or as shot number `at` (from 1); returns its id.
 
-        global_caption: holds from this shot on (only at the end).
+        global_caption: holds from this shot on (only at the end). pins: frames it shall see, such as "enter@0".
         """
         branch, count = self.plan.branch, len(self.places)
         at = count + 1 if at is None else at
@@ -519,8 +337,13 @@ class Project:
         elif at <= count:
             raise CommandError("global_caption", "can only change at the end of the story")
         shot, global_caption = self._checked(global_caption, id=id, caption=caption, chunks=chunks, seed=seed)
-        places = (*self.places[: at - 1], Place(shot, global_caption), *self.places[at - 1 :])
-        self._edit(Branch(places, global_caption if at > count else branch.global_caption), asked=(shot.id,))
+        place = Place(shot, global_caption)
+        place = self._pinned(place, tuple(dict.fromkeys(pins))) if pins else place
+        places = (*self.places[: at - 1], place, *self.places[at - 1 :])
+        try:
+            self._edit(Branch(places, global_caption if at > count else branch.global_caption), asked=(shot.id,))
+        except CommandError as error:
+            raise CommandError("pins", error.message) if error.field == "frame" else error from None
         return shot.id
 
     def edit(
@@ -571,32 +394,42 @@ class Project:
         if isinstance(shots, str) and shots != "stale":
             raise CommandError("shots", f'is "stale" or a list of shots, not {shots!r}')
         if shots == "stale":
-            chosen = [i for i, place in enumerate(self.places) if place.take and self.state(i) == "stale"]
+            chosen = [i for i, state in enumerate(self.states()) if state == "stale"]
         else:
             chosen = [self.index(shot) for shot in shots]
         places = tuple(replace(place, take=None) if i in chosen else place for i, place in enumerate(self.places))
         self._edit(replace(self.plan.branch, places=places), asked=[self.places[i].shot.id for i in chosen])
 
+    def set_title(self, title: str) -> None:
+        """Call the story something else."""
+        try:
+            told = Story.model_validate({"title": title, "shots": [{"caption": "any"}]})
+        except ValidationError as error:
+            raise CommandError("title", _reason(error)) from None
+        self._plan(replace(self.plan, base=self.base.model_copy(update={"title": told.title})))
+
     def set_global(self, caption: str) -> None:
         """Change the global caption from the next shot on; made shots keep the one they were made with."""
         _, caption = self._checked(caption, id="x", caption="x")
-        busy = [i for i in range(len(self.places)) if self.state(i) in ("done", "stale", "running")]
+        busy = [i for i, state in enumerate(self.states()) if state in ("done", "stale", "running")]
         first = busy[-1] + 1 if busy else 0
         rest = tuple(replace(place, global_caption=caption) for place in self.places[first:])
         self._edit(Branch(self.places[:first] + rest, caption))
 
     def pin(self, shot: str, frame: str) -> None:
         """Let a shot see `frame`, such as "enter@0", from its next take on."""
-        place = self.places[self.index(shot)]
+        index = self.index(shot)
+        place = self.places[index]
         if frame not in place.pins:
-            self._repin(shot, (*place.pins, frame))
+            self._replace(index, self._pinned(place, (*place.pins, frame)))
 
     def unpin(self, shot: str, frame: str) -> None:
         """Let the policy choose again in place of a pinned frame, from the next take on."""
-        pins = self.places[self.index(shot)].pins
-        if frame not in pins:
-            raise CommandError("frame", f"{frame!r} is not pinned in {shot!r}{_near(frame, list(pins))}")
-        self._repin(shot, tuple(pin for pin in pins if pin != frame))
+        index = self.index(shot)
+        place = self.places[index]
+        if frame not in place.pins:
+            raise CommandError("frame", f"{frame!r} is not pinned in {shot!r}{_near(frame, list(place.pins))}")
+        self._replace(index, self._pinned(place, tuple(pin for pin in place.pins if pin != frame)))
 
     def branch(self, name: str, at: str | None = None) -> None:
         """Start a branch with the head's shots, up to shot `at` if it is given, and make it the head."""
@@ -662,7 +495,7 @@ class Project:
 
     def retell(self, story: Story) -> None:
         """Let the head be this story, as one edit; what was made of it before is found."""
-        base, branch = story.model_copy(update=BARE), _laid_out(story)
+        base, branch = story.model_copy(update=BARE), laid_out(story)
         words = replace(self.plan.branch, places=tuple(replace(place, take=None) for place in self.places))
         if (base, branch) != (self.base, words):
             self._plan(replace(self.plan, base=base).with_branch(branch))
@@ -679,77 +512,8 @@ class Project:
     # The document
 
     def document(self) -> dict[str, Any]:
-        """Everything a view shows, as plain JSON values."""
-        config, branch = self.model.config, self.plan.branch
-        states = [self.state(i) for i in range(len(self.places))]
-        busy = self.running is not None or "queued" in states
-        status = "loading" if self.loading else "failed" if self.trouble else "idle" if self.playing else "paused"
-        return {
-            "id": self.id,
-            "revision": self.revision,
-            "title": self.base.title,
-            "status": "playing" if status == "idle" and busy else status,
-            "message": self.trouble or next(iter(self.failures.values()), None),
-            "model": {
-                "name": config.name,
-                "revision": self.model.revision,
-                "fps": self.base.fps or config.fps,
-                "size": [config.width, config.height],
-                "chunk_frames": [config.chunk_frames(0), config.chunk_frames(1)],
-                "chunks": config.chunks,
-                "budget": self.policy.budget if isinstance(self.policy, DualBuffer) else 0,
-                "words": None if self.model.words is None else list(self.model.words),
-                "limit": self.model.limit,
-            },
-            "global_caption": branch.global_caption,
-            "seed": self.base.seed,
-            "head": self.plan.head,
-            "branches": [
-                {"name": name, "tip": _tip(self.line(name)), "shots": len(branch.places)}
-                for name, branch in self.plan.branches.items()
-            ],
-            "shots": list(self._shots(states)),
-            "takes": {id: asdict(take) for id, take in self.takes.items()},
-            "undo": len(self._undo),
-            "redo": len(self._redo),
-        }
-
-    def _shots(self, states: list[State]) -> Iterator[dict[str, Any]]:
-        of_shot: dict[str, list[str]] = {}
-        for take in self.takes.values():
-            of_shot.setdefault(take.shot, []).append(take.id)
-        ahead = 0  # chunks to make before the shot
-        for i, (place, state) in enumerate(zip(self.places, states, strict=True)):
-            told = self.told(place)
-            length, failure = told.length_at(0, self.model.config), None
-            if state == "failed":
-                failure = self.failures[self.request(i).take]
-            acts_in = round((ahead + 1) * self.chunk_seconds, 2) if state == "queued" and self.chunk_seconds else None
-            progress = None
-            if state == "running":
-                assert self.running
-                progress = {"chunk": self.running.chunk, "chunks": length.chunks}
-                ahead += length.chunks - self.running.chunk
-            elif place.take is None:
-                ahead += length.chunks
-            yield {
-                "id": place.shot.id,
-                "number": i + 1,
-                "state": state,
-                "caption": place.shot.caption,
-                "global_caption": place.global_caption,
-                "chunks": length.chunks,
-                "frames": self.frames(place),
-                "seed": told.seed_at(0),
-                "seed_pinned": place.shot.seed is not None,
-                "take": place.take,
-                "takes": of_shot.get(place.shot.id, []),
-                "progress": progress,
-                "pins": list(place.pins),
-                "warnings": self.model.warnings(self.model.prompt(told.global_at(0), i, told.expanded(0))),
-                "message": failure or length.note or None,
-                "acts_in_s": acts_in,
-            }
+        """Everything a view shows, as plain JSON values; nobody may change them."""
+        return self._view.document(self)
 
     # Inside
 
@@ -801,23 +565,19 @@ class Project:
         try:
             told = Story.model_validate(story)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            message = str(first.get("ctx", {}).get("error", first["msg"]))
             # The story's own checks say the place themselves.
-            said = re.fullmatch(r"(?:shot 1.*?: )?(caption|global_caption): (.*)", message)
-            field, message = said.groups() if said else (str(first["loc"][-1]), message)
+            said = re.fullmatch(r"(?:shot 1.*?: )?(caption|global_caption): (.*)", message := _reason(error))
+            field, message = said.groups() if said else (str(error.errors()[0]["loc"][-1]), message)
             raise CommandError(field, message) from None
         return told.shots[0], told.global_caption
 
-    def _repin(self, shot: str, pins: tuple[str, ...]) -> None:
+    def _pinned(self, place: Place, pins: tuple[str, ...]) -> Place:
+        """The same place with other pins. Raises CommandError where the policy has none."""
         if not isinstance(self.policy, DualBuffer):
             raise CommandError("op", f"{type(self.policy).__name__} has no pins; only DualBuffer has")
-        index = self.index(shot)
-        place = self.places[index]
         memory = (place.shot.memory or ShotMemory()).model_copy(update={"pin": pins})
         changed = memory if memory != ShotMemory() else None
-        told = replace(place.reworded(memory=changed), take=place.take)
-        self._replace(index, told)
+        return replace(place.reworded(memory=changed), take=place.take)
 
     def _shown(self, index: int, place: Place) -> Plan:
         """The plan with another place in the head."""
@@ -843,9 +603,13 @@ class Project:
             return
         try:
             self._check_pins()
+            self._check_limit()
         except CommandError:
             self.plan = before
             raise
+        except ValueError as error:
+            self.plan = before
+            raise CommandError("chunks", str(error)) from None
         self._undo = [*self._undo, before][-UNDO_LIMIT:]
         self._redo.clear()
         self._go(plan)
@@ -857,18 +621,23 @@ class Project:
     def _settled(self, plan: Plan) -> Plan:
         """Let shots without a take, or with a stale one, show what was made of the same request before."""
         before, self.plan = self.plan, plan
-        open_before = False
+        past: str | None = ""  # None after a shot without a take
+        pasts = {take.past for take in self.takes.values()}
         for i, place in enumerate(self.places):
-            if place.take not in self.takes:
-                place = replace(place, take=None)
-            if not open_before and (place.take is None or self.takes[place.take].past != self._past(i)):
+            shown = self.takes.get(place.take or "")
+            if past in pasts and (shown is None or shown.past != past):
                 known = self.takes.get(self.request(i).take)
-                place = replace(place, take=known.id) if known and not known.partial else place
-            if place != self.places[i]:
-                self.plan = self._shown(i, place)
-            open_before = open_before or place.take is None
+                shown = known if known and not known.partial else shown
+            if place.take != (take := shown.id if shown else None):
+                self.plan = self._shown(i, replace(place, take=take))
+            past = after(past, take) if past is not None and take else None
         settled, self.plan = self.plan, before
         return settled
+
+    def _check_limit(self) -> None:
+        """Meet the policy's limit before the wait, where it has one. Raises its ValueError."""
+        if self.policy.window is None and self.policy.limit is not None:
+            rehearse(self.policy, [self.chunks(place) for place in self.places])
 
     def _check_pins(self) -> None:
         for i, place in enumerate(self.places):
@@ -889,28 +658,12 @@ class Project:
                     raise CommandError("frame", str(error)) from None
 
 
-BARE: dict[str, Any] = {"shots": (), "global_caption": ""}
-"""A story without what a plan keeps by itself."""
-
-
-def _laid_out(story: Story) -> Branch:
-    """A story's shots, each with the global caption that holds for it. Raises StoryError for what is not offered."""
-    told, places = story.global_caption, []
-    for number, shot in enumerate(story.shots, 1):
-        for key, value in (("memory.policy", shot.memory and shot.memory.policy), ("loras", shot.loras)):
-            if value:
-                raise StoryError(f"shot {number} ({shot.id}): {key}: cannot be used yet; remove the key")
-        told = told if shot.global_caption is None else shot.global_caption
-        places.append(Place(shot.model_copy(update={"global_caption": None}), told))
-    return Branch(tuple(places), told)
-
-
-def _tip(line: Sequence[str | None]) -> str | None:
-    """The last take before a shot without one."""
-    made = list(takewhile(bool, line))
-    return made[-1] if made else None
-
-
 def _near(word: str, known: Sequence[str]) -> str:
     near = get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _reason(error: ValidationError) -> str:
+    """What is wrong first."""
+    first = error.errors(include_url=False)[0]
+    return str(first.get("ctx", {}).get("error", first["msg"]))

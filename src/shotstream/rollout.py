@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from shotstream.flow import add_noise, to_x0
-from shotstream.memory.plan import Call, Change, Frame, Kind, MemoryPolicy
+from shotstream.memory.plan import Boundary, Call, Change, Frame, Kind, MemoryPolicy
 from shotstream.memory.schedule import NoiseSchedule
-from shotstream.memory.store import FrameStore
-from shotstream.models.dit import DiT, Text
+from shotstream.memory.store import FrameStore, SettledStore
+from shotstream.models.dit import DiT, Level, Text
 
 Stills = Callable[[tuple[Frame, ...]], Tensor]
 """The clean latents `b f c h w` of context frames, one still each (zero where the offset is -1)."""
@@ -48,6 +48,21 @@ class SeededNoise:
         counter = np.array([0, 0, chunk, step], dtype=np.uint64)  # the low words count the numbers drawn
         bits = np.random.Generator(np.random.Philox(key=key, counter=counter))
         return torch.from_numpy(bits.standard_normal(shape, dtype=np.float32))
+
+
+class Levels:
+    """What the network is told of its noise levels: few-step sampling visits the same few in every chunk."""
+
+    def __init__(self, dit: DiT) -> None:
+        self.dit = dit
+        self.known: dict[tuple[float, torch.Size], Level] = {}
+
+    def at(self, timestep: float, shape: torch.Size) -> Level:
+        """All frames of a call, `shape` = [b f], at this timestep."""
+        if (timestep, shape) not in self.known:
+            everywhere = torch.full((), timestep, dtype=torch.float32, device=self.dit.device).expand(shape)
+            self.known[timestep, shape] = replace(self.dit.level(everywhere), everywhere=timestep)
+        return self.known[timestep, shape]
 
 
 class Prompts:
@@ -107,10 +122,11 @@ class Memory:
         return replace(self, store=self.store.fork())
 
 
-def new_memory(dit: DiT, latent_shape: tuple[int, int, int]) -> Memory:
-    """An empty memory for latents of this shape (c, h, w)."""
+def new_memory(dit: DiT, latent_shape: tuple[int, int, int], policy: MemoryPolicy | None = None) -> Memory:
+    """An empty memory for latents of this shape (c, h, w), as small as `policy`, if it is known, allows."""
     patch = dit.config.patch
-    return Memory(FrameStore(dit.config.layers, latent_shape[1] // patch, latent_shape[2] // patch))
+    store = SettledStore if policy and policy.settled else FrameStore
+    return Memory(store(dit.config.layers, latent_shape[1] // patch, latent_shape[2] // patch))
 
 
 def denoise_chunk(
@@ -147,9 +163,11 @@ class Roll:
     memory: Memory
     prompts: Prompts
     latent_shape: tuple[int, int, int]
+    levels: Levels | None = None  # of a network that does not learn: kept from call to call
     prompt: int = 0  # what chunks that enter now read
     steered: bool = False  # whether that text is new: no chunk has entered with it
     entered: int = 0  # chunks of the running shot that have entered; in joint windows more than have left
+    ahead: tuple[Frame, ...] | None = None  # first frames of a shot whose cut has been made already
 
     def shot(
         self,
@@ -205,6 +223,20 @@ class Roll:
                 self._leave(frames[0], clean[0])
                 yield clean[0]
 
+    def prepare(self, shot: int, context: Stills) -> bool:
+        """Make the cut to shot number `shot` now; its text may be added later, for the same latents.
+
+        False, and nothing is done, if what the cut computes reads that text.
+        """
+        self._open(shot)
+        new = self._frames(shot, 0)
+        if any(frame.prompt == shot for frame in self._boundary(new, cut=True).prefill):
+            return False
+        if new != self.ahead:
+            self._turn(new, True, context)
+            self.ahead = new
+        return True
+
     def steer(self, number: int, states: Tensor) -> int:
         """From the next chunk on the running shot reads this text: `states` [b s d], under a number no shot has.
 
@@ -245,13 +277,17 @@ class Roll:
         if cut := chunk == 0:
             self._open(shot)
         event, self.steered = cut or self.steered, False
-        start, offset = self.memory.count, chunk * self.policy.chunk
-        new = tuple(Frame(start + i, shot, offset + i, self.prompt) for i in range(self.policy.chunk))
-        if event:
+        new = self._frames(shot, chunk)
+        if event and new != self.ahead:
             self._turn(new, cut, context)
+        self.ahead = None
         self.memory.count += len(new)
         self.entered = chunk + 1
         return new
+
+    def _frames(self, shot: int, chunk: int) -> tuple[Frame, ...]:
+        start, offset = self.memory.count, chunk * self.policy.chunk
+        return tuple(Frame(start + i, shot, offset + i, self.prompt) for i in range(self.policy.chunk))
 
     def _open(self, shot: int) -> None:
         """A shot begins with its own text; where shots are independent, each is a stream of its own."""
@@ -262,8 +298,7 @@ class Roll:
     def _turn(self, new: tuple[Frame, ...], cut: bool, context: Stills) -> None:
         """A cut or a new text: the policy says what is still remembered, and what must be computed first."""
         memory, newest = self.memory, self.memory.newest
-        before = self.policy.settle(memory.frames, newest.frames).memory if newest else memory.frames
-        boundary = self.policy.boundary(before, new, cut, memory.shots)
+        boundary = self._boundary(new, cut)
         if newest and not set(newest.frames).isdisjoint(boundary.memory):
             self._commit()
         memory.newest = None
@@ -273,6 +308,11 @@ class Roll:
             with torch.no_grad():
                 self._forward("prefill", boundary.prefill, write=True)(latents, 0.0)
             self._remember(boundary.memory + boundary.prefill[len(boundary.memory) :])
+
+    def _boundary(self, new: tuple[Frame, ...], cut: bool) -> Boundary:
+        memory, newest = self.memory, self.memory.newest
+        before = self.policy.settle(memory.frames, newest.frames).memory if newest else memory.frames
+        return self.policy.boundary(before, new, cut, memory.shots)
 
     def _clean(self, frames: tuple[Frame, ...], now: int, context: Stills) -> Tensor:
         """Clean latents `b f c h w` of frames to compute before frame `now`: stills, and outputs of this stream."""
@@ -337,13 +377,19 @@ class Roll:
         It takes latents `b f c h w` and their timesteps, one for all or float32 [f], and gives the velocity.
         """
         plan = self.policy.plan(Call(kind, self.memory.frames, new))
-        bound = self.memory.store.bind(plan, new, write)
+        bound = self.memory.store.bind(plan, new, write, silent=write)
         text = text or self.prompts.text([frame.prompt for frame in new])
         where = bound.rotation(plan.queries, self.dit.config.head_dim, self.dit.patch_embedding.weight)
 
         def forward(x: Tensor, timestep: float | Tensor) -> Tensor:
-            if not isinstance(timestep, Tensor):
-                timestep = torch.full((), timestep, dtype=torch.float32, device=x.device)
-            return self.dit(x, timestep.expand(x.shape[:2]), text, where, bound)
+            shape = x.shape[:2]
+            if isinstance(timestep, Tensor):
+                return self.dit(x, timestep.expand(shape), text, where, bound)
+            level: Tensor | Level
+            if self.levels:
+                level = self.levels.at(timestep, shape)
+            else:
+                level = torch.full((), timestep, dtype=torch.float32, device=x.device).expand(shape)
+            return self.dit(x, level, text, where, bound)
 
         return forward

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shotstream.folder import Folder
+from shotstream.folder import Folder, ProjectError
 from shotstream.memory.plan import MemoryPolicy
 from shotstream.pipeline import Pipeline
 from shotstream.project import Project, Request, Take
@@ -115,6 +115,7 @@ class Session:
         self._maker = Maker(pipeline, policy)
         self._shelf: Shelf = FolderShelf(self.folder.path / "takes") if self.folder else MemoryShelf()
         self._making: _Making | None = None
+        self._made: tuple[Request, str] | None = None  # the newest take and its request, until something follows
         self._newest_stream = object()
         self._lock = threading.RLock()
         self._told: dict[str, Any] = {}  # the document as it was told of last
@@ -147,15 +148,19 @@ class Session:
         chunks: int | None = None,
         id: str | None = None,
         at: int | None = None,
+        pins: Sequence[str] = (),
     ) -> Shot:
         """Queue a new shot, after the last one or as number `at` (from 1). Returns it as it will be made.
 
         global_caption: holds from this shot on. chunks: the model's by default. seed: derived from the story's and the
-        shot's id by default; in a session without story and project, the session's.
+        shot's id by default; in a session without story and project, the session's. pins: frames of earlier shots that
+        it shall see, such as "enter@0".
         """
         seed = self.seed if seed is None and not self._own_seeds else seed
         with self._changing():
-            id = self.project.cut(caption, id=id, chunks=chunks, seed=seed, at=at, global_caption=global_caption)
+            id = self.project.cut(
+                caption, id=id, chunks=chunks, seed=seed, at=at, global_caption=global_caption, pins=pins
+            )
             return self._planned(self.project.index(id))
 
     edit = _command(Project.edit)
@@ -163,6 +168,7 @@ class Session:
     delete = _command(Project.delete)
     redo = _command(Project.redo)
     regenerate = _command(Project.regenerate)
+    set_title = _command(Project.set_title)
     set_global = _command(Project.set_global)
     pin = _command(Project.pin)
     unpin = _command(Project.unpin)
@@ -195,7 +201,7 @@ class Session:
             fingerprint = hashlib.sha256(frames.contiguous().cpu().numpy().tobytes()).hexdigest()
             take = self.project.adopted(id, len(frames), fingerprint)
             latents = self.pipeline.vae.encode(frames[None])[0]
-            self._keep(take, latents, self._maker.stills(frames))
+            self._keep(take, latents, self._maker.stills(take.number, frames))
             self.project.finished(take)
 
     # What comes out
@@ -295,11 +301,12 @@ class Session:
     def memory(self, shot: str) -> dict[str, Any]:
         """The frames that condition a shot, with their pictures (uint8 [h w 3]; None while a shot is not made).
 
-        {"shot", "frames": [{"shot", "take", "frame", "pinned", "picture"}], "forgotten": [shots it sees nothing of]}
+        {"shot", "frames": [{"shot", "take", "frame", "pinned", "picture"}], "forgotten": [shots it sees nothing of],
+        "next": {"frames", "forgotten"}, the same of its next take, by the pins it has now}
         """
         with self._lock:
             told = self.project.memory(shot)
-        for frame in told["frames"]:
+        for frame in told["frames"] + told["next"]["frames"]:
             frame["picture"] = self._picture(frame["take"], frame["frame"]) if frame["take"] else None
         return told
 
@@ -355,7 +362,9 @@ class Session:
         """The next chunk, unless there is nothing to make now."""
         making = self._going()
         if making is None:
+            self._look_ahead()
             return None
+        self._made = None
         prompt, making.prompt = making.prompt, None
         try:
             if prompt is None:
@@ -403,12 +412,21 @@ class Session:
             chunk.index, len(chunk.frames), milliseconds["denoise"], decode_ms=milliseconds["decode"], fps=fps
         )
         if not chunk.is_last:
+            with suppress(OSError):  # without room for it, nor for the whole take, which will say so
+                self._shelf.hold(self._taken(making, chunks=len(making.latents)), torch.cat(making.latents))
             self._tell(events)
             return
         take = self._taken(making)
         self._keep(take, torch.cat(making.latents), dict(chunk.stills))
-        self._making = None
+        self._making, self._made = None, (making.request, take.id)
         self._changed(events + self.project.finished(take))
+
+    def _look_ahead(self) -> None:
+        """Nothing is to be made: let what the next shot will remember be computed before its words come."""
+        made, self._made = self._made, None
+        if made:
+            with suppress(ProjectError):  # of a take that has gone; the next shot says so
+                self._maker.prepare(*made, self._shelf)
 
     def _taken(self, making: _Making, chunks: int | None = None) -> Take:
         device = str(self.pipeline.dit.device)

@@ -24,6 +24,16 @@ def bench(
     clock: Annotated[
         str, typer.Option(help="wall, or cpu: time this process computed; for a busy machine, with --threads 1.")
     ] = "wall",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="On a GPU: compile the DiT's blocks, record its passes. Exact.")
+    ] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Approximate what can be: --fp8 and --tiny-decoder together.")
+    ] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Approximate: linears in 8-bit floats.")] = False,
+    tiny_decoder: Annotated[
+        bool, typer.Option("--tiny-decoder", help="Approximate: a small network draws the pictures.")
+    ] = False,
     predict: Annotated[
         bool, typer.Option("--predict", help="Only print what Wan at 480p should reach at given rates.")
     ] = False,
@@ -49,6 +59,8 @@ def bench(
         import torch
 
         from shotstream.bench.measurement import Settings, measure
+        from shotstream.config import Fast
+        from shotstream.evaluation.fast import compare
         from shotstream.film import DeviceError, find_device
         from shotstream.pipeline import ModelError, load
 
@@ -58,13 +70,16 @@ def bench(
             where = find_device(device)
             if clock == "cpu" and (where.startswith("cuda") or torch.get_num_threads() > 1):
                 raise Failure("--clock cpu adds up all threads and knows no GPU; use --threads 1 on a CPU", USAGE)
-            pipeline = load(model, where)
+            wanted = Fast(fp8=fast or fp8, decoder=fast or tiny_decoder)
+            pipeline = load(model, where, fast=wanted, compiled=compiled)
         except ModelError as error:
             raise Failure(str(error), MISSING) from None
         except DeviceError as error:
             raise Failure(str(error), USAGE) from None
         settings = Settings(shots=shots, chunks=chunks, growth=growth, sessions=sessions, clock=clock)  # type: ignore[arg-type]
         result = measure(pipeline, settings)
+        if wanted:
+            result["fast"] = compare(load(model, where, compiled=compiled), pipeline)
         if out:
             _write(out, json.dumps(result, indent=1) + "\n")
         print(json.dumps(result) if json_line else table(result))

@@ -74,10 +74,15 @@ WAN_MULTIPLIERS, WAN_RESIDUALS = (1, 2, 4, 4), 2
 WAN_UP = (True, True, False)  # which of the decoder's enlargements also double the frames
 
 
-def decode(vae: WanVAEConfig | PatchVAEConfig, height: int, width: int, first: bool) -> float:
-    """One latent frame of `height` x `width` becoming one picture (`first` of a shot) or four."""
+TINY_WIDTHS, TINY_SPLITS, TINY_RECALLS = (256, 128, 64, 64), (1, 2, 2), 3  # models/tiny_decoder.py
+
+
+def decode(vae: WanVAEConfig | PatchVAEConfig, height: int, width: int, first: bool, tiny: bool = False) -> float:
+    """One latent frame of `height` x `width` becoming one picture (`first` of a shot) or four; `tiny`: in fast mode."""
     if isinstance(vae, PatchVAEConfig):
-        return _decode_patches(vae, height, width)
+        return _decode_patches(vae.tiny if tiny else vae, height, width)
+    if tiny:
+        return _decode_tiny(vae.latent_channels, height, width)
     z, dim = vae.latent_channels, vae.base_dim * WAN_MULTIPLIERS[-1]
     at = (1, height, width)
     total = conv(z, z, 1, *at) + conv(z, dim, 27, *at) + _middle(dim, *at)
@@ -94,6 +99,20 @@ def decode(vae: WanVAEConfig | PatchVAEConfig, height: int, width: int, first: b
             total += conv(dim, dim // 2, 9, *at)
             dim //= 2
     return total + conv(dim, 3, 27, *at)
+
+
+def _decode_tiny(channels: int, height: int, width: int) -> float:
+    """Four pictures, whether it is the first latent frame or not."""
+    at = (1, height, width)
+    total = conv(channels, TINY_WIDTHS[0], 9, *at)
+    for stage, parts in enumerate(TINY_SPLITS):
+        wide, narrower = TINY_WIDTHS[stage : stage + 2]
+        total += TINY_RECALLS * (conv(2 * wide, wide, 9, *at) + 2 * conv(wide, wide, 9, *at))
+        at = (at[0], 2 * at[1], 2 * at[2])
+        total += conv(wide, parts * wide, 1, *at)
+        at = (parts * at[0], *at[1:])
+        total += conv(wide, narrower, 9, *at)
+    return total + conv(TINY_WIDTHS[-1], 3, 9, *at)
 
 
 def _decode_patches(vae: PatchVAEConfig, height: int, width: int) -> float:
@@ -171,8 +190,11 @@ def reads(config: Config, chunks: int) -> tuple[int, list[int]]:
     return prefilled, keys
 
 
-def shot(config: Config, chunks: int | None = None) -> ShotFlops:
-    """Everything one shot of `chunks` chunks (default: the model's) costs, the last commit included."""
+def shot(config: Config, chunks: int | None = None, tiny: bool = False) -> ShotFlops:
+    """Everything one shot of `chunks` chunks (default: the model's) costs, the last commit included.
+
+    tiny: fast mode's decoder draws it.
+    """
     chunks = config.chunks if chunks is None else chunks
     tokens, text = tokens_per_frame(config), config.text.length
     budget, keys = reads(config, chunks)
@@ -184,8 +206,8 @@ def shot(config: Config, chunks: int | None = None) -> ShotFlops:
         attention=calls * sum(one.attention for one in passes),
         cross=calls * sum(one.cross for one in passes),
         prefill=dit_pass(config.dit, budget, tokens, budget, text).total,
-        decode=decode(config.vae, *latent, first=True)
-        + (chunks * config.chunk - 1) * decode(config.vae, *latent, first=False),
+        decode=decode(config.vae, *latent, first=True, tiny=tiny)
+        + (chunks * config.chunk - 1) * decode(config.vae, *latent, first=False, tiny=tiny),
         encode=budget * encode_still(config.vae, *latent),
         text=encode_text(config.text) + read_prompt(config.dit, text),
     )

@@ -78,7 +78,7 @@ def measure(pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
         "video_file_ms_per_chunk": _ms(_encoding(pipeline, clock)),
         "deadlines": [deadlines(pipeline, clock, n, chunks) for n in range(1, settings.sessions + 1)],
     }
-    work, seconds = flops.shot(config, chunks), story["end_to_end"]["shot_s"]
+    work, seconds = flops.shot(config, chunks, pipeline.fast.decoder), story["end_to_end"]["shot_s"]
     result["arithmetic"] = {
         "gflop_per_shot": round(work.total / 1e9, 1),
         "dit_share": round(work.dit / work.total, 3),
@@ -181,11 +181,12 @@ def _fit(by_keys: dict[int, list[float]]) -> dict[str, float]:
 def prompt_switches(pipeline: Pipeline, clock: Clock, count: int) -> dict[str, Any]:
     """From a caption to the first frames of its shot, sent at a random moment of the running shot's last chunk.
 
-    A chunk that has begun is finished first (here always a shot's first, the longest). "idle": nothing was running.
+    A chunk that has begun is finished first (here always a shot's first, the longest). "idle": nothing was running,
+    and the context had been read ahead, which took "ahead".
     """
     draw = random.Random(0)
     probe, session = Probe(pipeline, clock), Session(pipeline, seed=1)
-    waited, idle, parts = list[float](), list[float](), list[dict[str, float]]()
+    waited, idle, ahead, parts = list[float](), list[float](), list[float](), list[dict[str, float]]()
     session.cut(next(captions(1)), chunks=1)
     stream, running = session.stream(), 0.0
     with probe.watch():
@@ -195,18 +196,22 @@ def prompt_switches(pipeline: Pipeline, clock: Clock, count: int) -> dict[str, A
             if index:
                 session.cut(caption, chunks=1)
                 stream = session.stream()
-            for _ in stream:
-                pass
+            next(stream)
             running_now = clock.settled() - begun
             if index:
                 idle.append(running_now)
                 waited.append(running * draw.random())
                 parts.append({name: sum(probe.seconds(name)) for name in FIRST})
+            begun = clock.settled()
+            for _ in stream:  # there is nothing left to make
+                pass
+            ahead.append(clock.settled() - begun)
             running = running_now
     together = [rest + own for rest, own in zip(waited, idle, strict=True)]
     return {
         "running": _quantiles(together),
         "idle": _quantiles(idle),
+        "ahead": _ms(statistics.median(ahead)),
         "parts": {name: _ms(statistics.median(part[name] for part in parts)) for name in parts[0]},
     }
 

@@ -30,6 +30,8 @@ def table(result: dict[str, Any]) -> str:
         ("stages of a shot", _pairs(result["stages_ms_per_shot"])),
         ("pass by keys", _pairs(result["pass_ms"], " latent frames")),
     ]
+    if fast := result.get("fast"):
+        rows.insert(2, ("approximate", approximate(fast, machine)))
     if operators := result["operators_ms_per_shot"]:
         rows.insert(-1, ("operators of a shot", _pairs(operators)))
     if fit := result["pass_ms_fit"]:
@@ -37,7 +39,7 @@ def table(result: dict[str, Any]) -> str:
     rows += [
         ("first frame", f"cold {result['first_frame_ms']['cold']} ms, warm {result['first_frame_ms']['warm']} ms"),
         ("prompt switch", f"running {_quantiles(switch['running'])}; idle {_quantiles(switch['idle'])}"),
-        ("", _pairs(switch["parts"])),
+        ("", f"{_pairs(switch['parts'])}; read ahead {switch['ahead']} ms"),
         ("video file", f"{result['video_file_ms_per_chunk']} ms a chunk"),
         ("memory", ", ".join(f"{name.replace('_', ' ')} {mb} MB" for name, mb in result["memory_mb"].items())),
     ]
@@ -53,6 +55,20 @@ def table(result: dict[str, Any]) -> str:
             )
         )
     return _lines(rows)
+
+
+def approximate(fast: dict[str, Any], machine: dict[str, Any]) -> str:
+    """Of `evaluation.fast.compare`: what is not exact, its speed and, beside it, its loss."""
+    like, by_shot = fast["likeness"], fast["likeness"]["psnr_by_shot"]
+    speed = f"{fast['time']['of_exact']} of the exact model's time"
+    loss = f"PSNR {like['psnr']} dB (shot 1 {by_shot[0]}, shot {len(by_shot)} {by_shot[-1]}), SSIM {like['ssim']}"
+    return f"{named(fast['approximate'], machine)}: {speed}; beside its pictures {loss}"
+
+
+def named(approximate: Iterable[str], machine: dict[str, Any]) -> str:
+    """What is approximate; that fp8 is only simulated, where it is."""
+    simulated = float(machine.get("capability", 0)) < 8.9  # as `models.fp8.has_kernel` has it
+    return " + ".join("fp8 (simulated)" if name == "fp8" and simulated else name for name in approximate)
 
 
 def predictions(predicted: Iterable[Prediction]) -> str:

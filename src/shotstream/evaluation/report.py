@@ -100,25 +100,26 @@ class Report:
 
     def markdown(self, groups: Sequence[str] = tuple(GROUPS)) -> str:
         """Of these groups: a table each, drift by shot, shares of the ceiling, and differences between rows."""
-        parts = [self._group(group) for group in groups]
+        parts = [self.group(group) for group in groups]
         if "drift" in groups:
-            parts += [self._by_shot(name) for name in GROUPS["drift"].names]
+            parts += [self.curve(name) for name in GROUPS["drift"].names]
         if CEILING in self.rows:
             parts += [self._of_ceiling(group) for group in OF_CEILING if group in groups]
             parts += [self._by_shot_of_ceiling(name) for name in BY_SHOT_OF_CEILING if "drift" in groups]
         if effects := self.effects():
             cells = {title: partial(self.difference, *pair) for title, pair in effects.items()}
             parts += [differences("Differences", group, cells) for group in OF_EFFECTS if group in groups]
-        return "\n\n".join([*parts, self._footer()]) + "\n"
+        return "\n\n".join([*parts, self.footer()]) + "\n"
 
-    def _group(self, group: str) -> str:
+    def group(self, group: str) -> str:
+        """A table of measures, a line per row."""
         kinds = GROUPS[group]
         lines = [[row, *(self._cell(row, group, name) for name in kinds.names)] for row in self.rows]
         if kinds.kind is CONFUSION:
             ceiling = next(iter(self.rows))
             by_chance = [self.chance(ceiling, group, name) for name in kinds.names]
             lines.append(["chance", *("-" if value is None else f"{value:.2f}" for value in by_chance)])
-        return _markdown(f"{kinds.title}: {kinds.about}" if kinds.about else kinds.title, kinds.names, lines)
+        return table(f"{kinds.title}: {kinds.about}" if kinds.about else kinds.title, kinds.names, lines)
 
     def _of_ceiling(self, group: str) -> str:
         kinds = GROUPS[group]
@@ -127,7 +128,7 @@ class Report:
             for row in self.rows
             if row != CEILING
         ]
-        return _markdown(f"Of the {CEILING}'s ceiling: {kinds.title}", kinds.names, lines)
+        return table(f"Of the {CEILING}'s ceiling: {kinds.title}", kinds.names, lines)
 
     def _cell(self, row: str, group: str, name: str) -> str:
         text = self.interval(row, group, name).text(_digits(group, name))
@@ -135,7 +136,8 @@ class Report:
             text += f" κ {kappa:.2f}"
         return text
 
-    def _by_shot(self, name: str) -> str:
+    def curve(self, name: str) -> str:
+        """A drift measure at every shot, a line per row."""
         form = f".{_digits('', name)}f"
         shots = {row: self.by_shot(row, name) for row in self.rows}
         return _shots(f"Drift by shot: {name}", shots, form)
@@ -144,7 +146,8 @@ class Report:
         shots = {row: self.by_shot_of_ceiling(row, name) for row in self.rows if row != CEILING}
         return _shots(f"Of the {CEILING}'s ceiling, by shot: {name}", shots, ".0%")
 
-    def _footer(self) -> str:
+    def footer(self) -> str:
+        """What was measured, when and where."""
         said = {key: self.provenance[key] for key in ("stories", "noise_seeds", "date", "commit", "machine")}
         where = ", ".join(
             f"{key.replace('_', ' ')} {value}" for key, value in (said | self.provenance["models"]).items()
@@ -187,10 +190,11 @@ def differences(title: str, group: str, cells: Mapping[str, Read]) -> str:
     """The table of a group in Markdown, a line per entry of `cells`."""
     names = GROUPS[group].names
     lines = [[line, *(read(group, name).text(_digits(group, name)) for name in names)] for line, read in cells.items()]
-    return _markdown(f"{title}: {GROUPS[group].title}", names, lines)
+    return table(f"{title}: {GROUPS[group].title}", names, lines)
 
 
-def _markdown(title: str, names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(title: str, names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; each of `lines` begins with what it is of."""
     head = [["", *(name.replace("_", " ") for name in names)], ["---"] * (len(names) + 1)]
     return "\n".join([f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in [*head, *lines])])
 
@@ -200,7 +204,7 @@ def _shots(title: str, shots: Mapping[str, Sequence[Interval]], form: str) -> st
     lines = [
         [row, *("-" if at.value is None else format(at.value, form) for at in line)] for row, line in shots.items()
     ]
-    return _markdown(title, [str(k) for k in range(1, max(map(len, lines), default=1))], lines)
+    return table(title, [str(k) for k in range(1, max(map(len, lines), default=1))], lines)
 
 
 def _digits(group: str, name: str) -> int:

@@ -111,6 +111,14 @@ class MemoryPolicy:
         """Whether keys and values of a shot may outlive the cut after it; if not, replaying a shot costs nothing."""
         return not self.restart
 
+    @property
+    def settled(self) -> bool:
+        """Whether every call reads all that is remembered, each frame at the same place and in the same order.
+
+        Then keys can be kept as they are read, rotated, and nowhere else.
+        """
+        return False
+
     def boundary(self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]) -> Boundary:
         """At the stream's first chunk (a cut, memory empty), at every new text and at every cut.
 

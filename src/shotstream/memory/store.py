@@ -1,8 +1,11 @@
-"""The frame store: keys and values per layer and latent frame, un-rotated; the only object that holds them.
+"""The frame store: keys and values per layer and latent frame; the only object that holds them.
 
 A policy decides (`plan.py`), the store moves tensors. Keys are rotated when they are first read at a place, into one
 buffer per layer that attention reads as it is; what the next call reads at the same place is there already. So a chunk
 of a growing shot writes its own keys and values behind those of the past, and nothing else is moved.
+
+`FrameStore` keeps every frame un-rotated beside that buffer: policies may move, blend and copy frames. `SettledStore`
+has the buffer alone, half the memory, for policies whose frames stay at their places (`MemoryPolicy.settled`).
 """
 
 from __future__ import annotations
@@ -29,9 +32,43 @@ class FrameStore:
     desk: list[Rows] = field(default_factory=list)  # per layer; holds nothing that is not kept
     room: int = 0  # latent frames to make room for at once
 
+    @property
+    def tokens(self) -> int:
+        """Of one latent frame."""
+        return self.height * self.width
+
+    def span(self, index: int) -> slice:
+        """The rows of the frame number `index` on the desk."""
+        return slice(index * self.tokens, (index + 1) * self.tokens)
+
+    def rotation(self, places: Iterable[Place], head_dim: int, like: Tensor) -> Rotation:
+        """Rotation tables of `places` for this store's token grid."""
+        key = tuple((float(p.pos), float(p.phase)) for p in places)
+        return rotation(key, self.height, self.width, head_dim, like.device, like.dtype)
+
     def fork(self) -> FrameStore:
         """Another store that keeps the same; no tensor is copied, for none that is kept is ever changed in place."""
         return replace(self, kept=dict(self.kept), desk=[])
+
+    def keep(self, frame: Frame, layer: int, k: Tensor, v: Tensor) -> None:
+        """Remember a frame's un-rotated keys and values of a layer, which come in order."""
+        entry = self.kept.setdefault(frame, [])
+        assert len(entry) == layer, f"{frame} is written twice"
+        entry.append((k, v))
+
+    def lay_out(self, layer: int, stored: tuple[Place, ...]) -> None:
+        """Make the stored places the first rows: what is there stays, what follows is rotated to its place."""
+        rows = self.desk[layer]
+        there = _common(rows.places, stored)
+        for index, place in enumerate(stored[there:], start=there):
+            here = self.span(index)
+            if place.frame.role == "empty":
+                rows.k[:, here], rows.v[:, here] = 0, 0
+                continue
+            k, v = self.kept[self.original(place.frame)][layer]
+            rows.k[:, here] = rotate(k, self.rotation((place,), k.shape[-1], k))
+            rows.v[:, here] = v
+        rows.places = stored
 
     def retain(self, frames: Iterable[Frame], archive: int = 0) -> None:
         """Forget all frames but these, and the stream's first `archive` ones."""
@@ -68,13 +105,61 @@ class FrameStore:
         ]
         self._clear(changed=into)
 
-    def bind(self, plan: Plan, new: tuple[Frame, ...], write: bool = False) -> BoundMemory:
-        """The memory as one call sees it; with `write` the call's own keys and values join the store."""
-        return BoundMemory(self, plan, new, write)
+    def bind(self, plan: Plan, new: tuple[Frame, ...], write: bool = False, silent: bool = False) -> BoundMemory:
+        """The memory as one call sees it; with `write` the call's own keys and values join the store.
+
+        `silent`: nobody reads what the call answers.
+        """
+        return BoundMemory(self, plan, new, write, silent)
 
     @property
     def bytes(self) -> int:
+        """Of what is kept; the desk takes as much again."""
         return sum(t.nbytes for layers in self.kept.values() for kv in layers for t in kv)
+
+
+@dataclass
+class SettledStore(FrameStore):
+    """Keys and values once: the desk is all there is, and `kept` only names the frames on it.
+
+    For policies that read every remembered frame in every call, always at the same place and in the same order.
+    """
+
+    def fork(self) -> SettledStore:
+        """Another store that keeps the same, in buffers of its own."""
+        return replace(self, kept=dict(self.kept), desk=[rows.copy() for rows in self.desk])
+
+    def _clear(self, changed: Frame | None = None) -> None:
+        """Rows of forgotten frames stay where they are until the next call lays out without them."""
+
+    def blend(self, into: Frame, other: Frame, keep: float) -> None:
+        raise AssertionError("a policy that blends is not settled")
+
+    def keep(self, frame: Frame, layer: int, k: Tensor, v: Tensor) -> None:
+        self.kept.setdefault(frame, [])
+
+    def lay_out(self, layer: int, stored: tuple[Place, ...]) -> None:
+        """Close the gaps that forgotten frames left; rows only ever move forwards."""
+        rows = self.desk[layer]
+        there = _common(rows.places, stored)
+        assert set(stored) <= set(rows.places), "a frame has moved: its policy is not settled"
+        before = [rows.places.index(place) for place in stored[there:]]
+        assert before == sorted(before), "frames changed their order: their policy is not settled"
+        rows.places = stored[:there]  # whoever is interrupted here has lost the rest
+        for index, old in enumerate(before, start=there):
+            for t in (rows.k, rows.v):
+                t[:, self.span(index)] = t[:, self.span(old)]
+        rows.places = stored
+
+    @property
+    def bytes(self) -> int:
+        """Of the desk, with the room on it."""
+        return sum(t.nbytes for rows in self.desk for t in (rows.k, rows.v))
+
+
+def _common(places: tuple[Place, ...], others: tuple[Place, ...]) -> int:
+    """How many places both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(places, others, strict=False)))
 
 
 class Rows:
@@ -83,6 +168,12 @@ class Rows:
     def __init__(self) -> None:
         self.places: tuple[Place, ...] = ()  # of the first rows; what lies behind them is nobody's
         self.k = self.v = torch.empty(0)
+
+    def copy(self) -> Rows:
+        """The same in buffers of its own."""
+        other = Rows()
+        other.places, other.k, other.v = self.places, self.k.clone(), self.v.clone()
+        return other
 
     def clear(self, good: Callable[[Place], bool]) -> None:
         """Forget everything from the first place on that is not good any more."""
@@ -105,8 +196,10 @@ class Rows:
 class BoundMemory:
     """A store bound to a plan: what attention layers see (`models.dit.Memory`). Reusable for every step of a chunk."""
 
-    def __init__(self, store: FrameStore, plan: Plan, new: tuple[Frame, ...], write: bool) -> None:
-        self.store, self.plan, self.new, self.write = store, plan, new, write
+    def __init__(
+        self, store: FrameStore, plan: Plan, new: tuple[Frame, ...], write: bool, silent: bool = False
+    ) -> None:
+        self.store, self.plan, self.new, self.write, self.silent = store, plan, new, write, silent
         own = set(new)
         stored = [place for place in plan.keys if place.frame not in own]
         ours = [place for place in plan.keys if place.frame in own]
@@ -114,53 +207,37 @@ class BoundMemory:
         self.stored = tuple(stored)
         self.own = tuple(new.index(place.frame) for place in ours)
         self.own_places = tuple(ours)
+        self.own_table: Rotation | None = None  # found by the first layer, for all
 
     def rotation(self, places: Iterable[Place], head_dim: int, like: Tensor) -> Rotation:
         """Rotation tables of `places` for this store's token grid."""
-        key = tuple((float(p.pos), float(p.phase)) for p in places)
-        return rotation(key, self.store.height, self.store.width, head_dim, like.device, like.dtype)
+        return self.store.rotation(places, head_dim, like)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (rotated to the plan's places) and values: stored frames in plan order, then this call's own.
 
         They are views of a buffer that the next call overwrites; with gradients, tensors of their own.
         """
-        tokens = self.store.height * self.store.width
-        if self.write:
-            self._keep(layer, k, v, tokens)
+        store, tokens = self.store, self.store.tokens
+        if self.write:  # of a prefill's frames that only ask, the old keys and values stay
+            for i in self.own:
+                store.keep(self.new[i], layer, k[:, store.span(i)], v[:, store.span(i)])
         if len(self.own) != len(self.new):  # some frames of the call are queries only
-            k, v = (torch.cat([t[:, i * tokens : (i + 1) * tokens] for i in self.own], dim=1) for t in (k, v))
-        k = rotate(k, self.rotation(self.own_places, k.shape[-1], k))
-        if not self.store.desk:
-            self.store.desk = [Rows() for _ in range(self.store.layers)]
-        rows, past = self.store.desk[layer], len(self.stored) * tokens
+            k, v = (torch.cat([t[:, store.span(i)] for i in self.own], dim=1) for t in (k, v))
+        self.own_table = self.own_table or self.rotation(self.own_places, k.shape[-1], k)
+        k = rotate(k, self.own_table)
+        if not store.desk:
+            store.desk = [Rows() for _ in range(store.layers)]
+        rows, past = store.desk[layer], len(self.stored) * tokens
         end = past + k.shape[1]
-        rows.reserve(max(end, self.store.room * tokens), k)
-        if rows.places != self.stored:
-            self._lay_out(layer, rows, tokens)
+        rows.reserve(max(end, store.room * tokens), k)
+        if rows.places is not self.stored:  # by identity first: a step finds what the step before it laid out
+            if rows.places != self.stored:
+                store.lay_out(layer, self.stored)
+            rows.places = self.stored
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             return torch.cat((rows.k[:, :past], k), dim=1), torch.cat((rows.v[:, :past], v), dim=1)
         rows.k[:, past:end], rows.v[:, past:end] = k, v
         if self.write:
             rows.places = self.stored + self.own_places
         return rows.k[:, :end], rows.v[:, :end]
-
-    def _keep(self, layer: int, k: Tensor, v: Tensor, tokens: int) -> None:
-        # Queries-only frames of a prefill keep their old keys and values: only the call's own keys are written.
-        for i in self.own:
-            entry = self.store.kept.setdefault(self.new[i], [])
-            assert len(entry) == layer, f"{self.new[i]} is written twice"
-            entry.append((k[:, i * tokens : (i + 1) * tokens], v[:, i * tokens : (i + 1) * tokens]))
-
-    def _lay_out(self, layer: int, rows: Rows, tokens: int) -> None:
-        """Make the stored places the first rows: what is there stays, what follows is rotated to its place."""
-        there = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(rows.places, self.stored, strict=False)))
-        for index, place in enumerate(self.stored[there:], start=there):
-            here = slice(index * tokens, (index + 1) * tokens)
-            if place.frame.role == "empty":
-                rows.k[:, here], rows.v[:, here] = 0, 0
-                continue
-            k, v = self.store.kept[self.store.original(place.frame)][layer]
-            rows.k[:, here] = rotate(k, self.rotation((place,), k.shape[-1], k))
-            rows.v[:, here] = v
-        rows.places = self.stored

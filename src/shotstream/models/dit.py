@@ -2,7 +2,7 @@
 
     teacher, critic        no memory, no mask: every latent frame sees every other
     causal initialisation  a block-causal mask over one long sequence
-    student                `memory`: keys and values of earlier frames, kept un-rotated
+    student                `memory`: keys and values of earlier frames
 
 Every latent frame has its own timestep, its own place on the rotary time axis and its own text.
 """
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -27,6 +27,11 @@ from shotstream.models.rope import Rotation, rotate
 
 class Memory(Protocol):
     """What attention layers need of a memory, bound to the plan of the present call."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody reads the velocity: only keys and values are wanted, and the rest need not be computed."""
+        ...
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (rotated) and values this call may read: stored frames, then its own un-rotated `k`, `v` [b l n d]."""
@@ -49,11 +54,33 @@ class Text:
         return Text(self.keys, self.values, index)
 
 
+class Modulation(NamedTuple):
+    """How a block's two parts are shifted, scaled and gated at a noise level, each [b f 1 d]. A gain is 1 + scale."""
+
+    shift_sa: Tensor
+    gain_sa: Tensor
+    gate_sa: Tensor
+    shift_ff: Tensor
+    gain_ff: Tensor
+    gate_ff: Tensor
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a call's `timesteps` [b f] tell the network: per block [b f 6 d], and the head [b f d]; or ready to use.
+
+    Few-step sampling visits the same few levels again and again: `DiT.level` makes one to keep.
+    """
+
+    timesteps: Tensor
+    blocks: tuple[Tensor | Modulation, ...]
+    head: Tensor | tuple[Tensor, Tensor]
+    everywhere: float | None = None  # the timestep, where it is known to be that of all frames
+
+
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
     """[cosines, sines] of `timesteps * 10000^(-i / (dim/2))`, in float64."""
-    frequencies = 10000.0 ** (
-        -torch.arange(dim // 2, dtype=torch.float64, device=timesteps.device) / (dim // 2)
-    )
+    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=timesteps.device) / (dim // 2))
     angle = timesteps.double()[..., None] * frequencies
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
@@ -67,8 +94,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -120,9 +148,7 @@ class Block(nn.Module):
         self.self_attn = Attention(dim, config.heads)
         self.cross_attn = CrossAttention(dim, config.heads)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
-        )
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,32 +158,44 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        time: Tensor,
+        time: Tensor | Modulation,
         text: tuple[Tensor, Tensor, Tensor],
         places: Rotation,
         extend: Extend | None,
         mask: Tensor | None,
     ) -> Tensor:
         """x [b f l d], time [b f 6 d] -> [b f l d]. `text`: this layer's keys and values, and each frame's prompt."""
-        q, k, v = self.ask(x, time, places)
+        level = self.level(time)
+        q, k, v = self.ask(x, level, places)
         k, v = extend(k, v) if extend else (rotate(k, places), v)
-        return self.answer(x, time, attention(q, k, v, mask), *text)
+        return self.answer(x, level, attention(q, k, v, mask), *text)
+
+    def level(self, time: Tensor | Modulation) -> Modulation:
+        """This block's modulation at a noise level, from its embedding [b f 6 d]."""
+        if isinstance(time, Modulation):
+            return time
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + time).unsqueeze(3).unbind(2)
+        return Modulation(shift_sa, 1 + scale_sa, gate_sa, shift_ff, 1 + scale_ff, gate_ff)
+
+    def keep(self, x: Tensor, time: Tensor | Modulation, extend: Extend) -> None:
+        """Only let the memory have this block's keys and values."""
+        level = self.level(time)
+        y = modulate(x, level.shift_sa, level.gain_sa).flatten(1, 2)
+        extend(self.self_attn.keys(y), self.self_attn.values(y))
 
     # What may be compiled: everything around attention over the memory, with shapes that no memory changes.
 
-    def ask(self, x: Tensor, time: Tensor, places: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def ask(self, x: Tensor, level: Modulation, places: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, and keys and values as a memory keeps them, each [b f*l n d]."""
-        shift, scale = (self.modulation + time).unsqueeze(3).unbind(2)[:2]
-        y = modulate(x, shift, scale).flatten(1, 2)
+        y = modulate(x, level.shift_sa, level.gain_sa).flatten(1, 2)
         attn = self.self_attn
         return rotate(attn.queries(y), places), attn.keys(y), attn.values(y)
 
-    def answer(self, x: Tensor, time: Tensor, seen: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+    def answer(self, x: Tensor, level: Modulation, seen: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
         """x after what self-attention has `seen` [b f*l n d], the prompts' `k` and `v`, and the feed-forward."""
-        gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation + time).unsqueeze(3).unbind(2)[2:]
-        x = x + self.self_attn.o(seen.flatten(-2)).view_as(x) * gate_sa
+        x = x + self.self_attn.o(seen.flatten(-2)).view_as(x) * level.gate_sa
         x = x + self.cross_attn(self.norm3(x), k, v, index)
-        return x + self.ffn(modulate(x, shift_ff, scale_ff)) * gate_ff
+        return x + self.ffn(modulate(x, level.shift_ff, level.gain_ff)) * level.gate_ff
 
 
 def by_columns(dit: DiT) -> None:
@@ -183,9 +221,9 @@ def compile_blocks(dit: DiT, backend: str = "inductor") -> DiT:
     return dit
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then `(1 + scale)` and `shift`."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+def modulate(x: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
+    """LayerNorm without parameters, then `gain` and `shift`."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * gain + shift
 
 
 class Head(nn.Module):
@@ -194,9 +232,15 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, config.patch**2 * config.channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        return self.head(modulate(x, *self.level(time)))
+
+    def level(self, time: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Shift and gain at a noise level, from its embedding [b f d]."""
+        if isinstance(time, tuple):
+            return time
         shift, scale = (self.modulation + time.unsqueeze(-2)).unsqueeze(3).unbind(2)
-        return self.head(modulate(x, shift, scale))
+        return shift, 1 + scale
 
 
 class DiT(nn.Module):
@@ -209,9 +253,7 @@ class DiT(nn.Module):
         self.patch_embedding = nn.Conv3d(
             config.channels, dim, (1, config.patch, config.patch), (1, config.patch, config.patch)
         )
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
-        )
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.position_embedding = nn.Linear(config.head_dim, dim) if config.absolute else None
@@ -240,34 +282,50 @@ class DiT(nn.Module):
         keys, values = zip(*(block.read(embedded) for block in self.layers()), strict=True)
         return Text(keys, values, index)
 
+    def level(self, timesteps: Tensor) -> Level:
+        """All that `timesteps` [b f] decide, computed once: give it to `forward` in their place, for the same bits."""
+        told = self._told(timesteps)
+        blocks = (block.level(time) for block, time in zip(self.layers(), told.blocks, strict=True))
+        return Level(timesteps, tuple(blocks), self.head.level(told.head))
+
+    def _told(self, timesteps: Tensor) -> Level:
+        time = self.time_embedding(sinusoid(timesteps, self.config.freq_dim).to(self.dtype))
+        time6 = self.time_projection(time).unflatten(-1, (6, -1))
+        return Level(timesteps, (time6,) * self.config.layers, time)
+
     def forward(
         self,
         latents: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | Level,
         text: Text,
         places: Rotation,
         memory: Memory | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Velocity `b f c h w` of `latents` `b f c h w` at `timesteps` [b f] (1000 sigma, float32).
+        """Velocity `b f c h w` of `latents` `b f c h w` at `timesteps` [b f] (1000 sigma, float32), or their `level`.
 
         `places`: rotation tables of the queries (`rope.rotation`). `mask`: True where a token may look, as in
-        `attention`. method.md 4.1 is this function step by step.
+        `attention`. A silent memory gets its keys and values, and the velocity is that of no frame, `b 0 c h w`.
+        method.md 4.1 is this function step by step.
         """
         batch, frames, _, height, width = latents.shape
-        assert timesteps.shape == (batch, frames), f"timesteps {tuple(timesteps.shape)} for {batch} x {frames} frames"
+        level = timesteps if isinstance(timesteps, Level) else self._told(timesteps)
+        told = tuple(level.timesteps.shape)
+        assert told == (batch, frames), f"timesteps {told} for {batch} x {frames} frames"
         x = self.embed(latents)
         if self.position_embedding is not None:
             x = x + self.position_embedding(torch.cat(places, dim=-1).to(x.dtype)).unflatten(-2, x.shape[1:3])
-        time = self.time_embedding(sinusoid(timesteps, self.config.freq_dim).to(self.dtype))
-        time6 = self.time_projection(time).unflatten(-1, (6, -1))
         for layer, block in enumerate(self.layers()):
             extend = partial(memory.extend, layer) if memory else None
-            x = block(x, time6, (text.keys[layer], text.values[layer], text.index), places, extend, mask)
-        out = self.unpatch(self.head(x, time), height, width)
+            if extend and memory and memory.silent and layer + 1 == self.config.layers:
+                block.keep(x, level.blocks[layer], extend)
+                return latents[:, :0]
+            words = text.keys[layer], text.values[layer], text.index
+            x = block(x, level.blocks[layer], words, places, extend, mask)
+        out = self.unpatch(self.head(x, level.head), height, width)
         if self.config.prediction == "velocity":
             return out
-        return velocity_from_x0(latents, out, timesteps)
+        return velocity_from_x0(latents, out, level.timesteps)
 
     def embed(self, latents: Tensor) -> Tensor:
         """Patches `b f c h w` -> tokens `b f l d`; a convolution with stride = kernel is a matrix product."""

@@ -60,9 +60,7 @@ class PatchVAE(nn.Module):
         self.register_buffer("unproject", torch.zeros(pixels, config.channels))  # the linear decode
         widths = config.widths
         self.enter = nn.Conv2d(2 * config.channels, widths[0], 3, padding=1)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(w) for _ in range(config.blocks))) for w in widths
-        )
+        self.stages = nn.ModuleList(nn.Sequential(*(ResidualBlock(w) for _ in range(config.blocks))) for w in widths)
         self.ups = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in pairwise(widths))
         self.pixel = config.patch // 2 ** (len(widths) - 1)  # pixels a cell of the last stage draws, per side
         self.leave = nn.Conv2d(widths[-1], STRIDE * 3 * self.pixel**2, 1)
@@ -104,9 +102,7 @@ class PatchVAE(nn.Module):
         """Latents of a clip; frames beyond 4k+1 are dropped. float32."""
         usable = (frames.shape[1] - 1) // STRIDE * STRIDE + 1
         patches = self.patches(frames[:, :usable].float())
-        return rearrange(
-            (patches - self.mean.float()) @ self.project.float().T, "b f h w c -> b f c h w"
-        )
+        return rearrange((patches - self.mean.float()) @ self.project.float().T, "b f h w c -> b f c h w")
 
     def context_latents(self, frames: Tensor) -> Tensor:
         """Each frame `n c h w` encoded alone -> `n c h/16 w/16`."""
@@ -126,19 +122,37 @@ class PatchVAE(nn.Module):
         return frames, PatchState(latents[:, -1])
 
     def draw(self, latents: Tensor, before: Tensor) -> Tensor:
-        """Four pictures `n t c h w` of each latent frame `n c h w`, given the one before it."""
-        x = self.enter(torch.cat((latents, before), dim=1).to(self.dtype))
+        """Four pictures `n t c h w` of each latent frame `n c h w`, given the one before it.
+
+        Channels lie innermost in memory, as convolutions, and whoever shows a picture, like to have them.
+        """
+        x = torch.cat((latents, before), dim=1).to(self.dtype, memory_format=torch.channels_last)
+        x = self.enter(x)
         for i, stage in enumerate(self.stages):
             if i:
                 x = F.pixel_shuffle(self.ups[i - 1](x), 2)
             x = stage(x)
-        detail = rearrange(
-            F.pixel_shuffle(self.leave(x), self.pixel), "n (t c) h w -> n t c h w", t=STRIDE
-        )
-        return self.linear_draw(latents) + detail.float()
+        assert self.leave.bias is not None
+        detail = _cells(x, self.leave.weight.flatten(1), self.leave.bias, self.pixel)
+        return self.linear_draw(latents).add_(detail.movedim(-1, 2))
 
     def linear_draw(self, latents: Tensor) -> Tensor:
         """The linear decode alone: `n c h w` -> `n t 3 H W`."""
-        pixels = latents.float().movedim(1, -1) @ self.unproject.float().T + self.mean.float()
-        p = self.config.patch
-        return rearrange(pixels, "n h w (t c p q) -> n t c (h p) (w q)", t=STRIDE, c=3, p=p, q=p)
+        pictures = _cells(latents.float(), self.unproject.float(), self.mean.float(), self.config.patch)
+        return pictures.movedim(-1, 2)
+
+
+def by_channels(vae: PatchVAE) -> None:
+    """Lay out the weights of convolutions with channels innermost, as `draw` has its pictures: the same numbers."""
+    for layer in vae.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _cells(x: Tensor, weight: Tensor, bias: Tensor, side: int) -> Tensor:
+    """Each cell of `x` [n k h w] draws `side` x `side` pixels, by rows (t c p q) of `weight`: float32 [n t H W c]."""
+    order = {"t": STRIDE, "p": side, "q": side}
+    weight = rearrange(weight, "(t c p q) k -> (t p q c) k", **order)  # what lies together is written together
+    bias = rearrange(bias, "(t c p q) -> (t p q c)", **order)
+    pixels = F.linear(x.movedim(1, -1), weight, bias).float()
+    return rearrange(pixels, "n h w (t p q c) -> n t (h p) (w q) c", **order)

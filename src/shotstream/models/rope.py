@@ -55,8 +55,9 @@ def rotation(
 
     Angles are formed in float64; the tables are float32 (or float64 for float64 networks).
     """
-    positions, phases = torch.tensor(places, dtype=torch.float64).unbind(-1)
-    return tables(angles(positions, phases, height, width, head_dim), device, dtype)
+    with torch.inference_mode(False):  # what is kept here, training may use too
+        positions, phases = torch.tensor(places, dtype=torch.float64).unbind(-1)
+        return tables(angles(positions, phases, height, width, head_dim), device, dtype)
 
 
 def tables(angle: Tensor, device: torch.device, dtype: torch.dtype) -> Rotation:

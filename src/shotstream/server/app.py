@@ -239,17 +239,25 @@ def _pictures(router: APIRouter, studio: Studio) -> None:
 
     @router.get("/sessions/{id}/memory")
     async def memory(id: Id, shot: Annotated[str, Query(max_length=64)]) -> MemoryStrip:
-        """The frames that condition a shot, oldest first."""
+        """The frames that condition a shot, oldest first; of its take, and of the next one."""
         live = await studio.session(id)
         strip = live.project.memory(shot)
-        for still in strip["frames"]:
-            still["thumb"] = None
-            if still["take"]:
-                with suppress(Unknown, NotReady):
-                    path = await live.video(still["take"])
-                    picture = await asyncio.to_thread(frame_jpeg, path, still["frame"], 192)
-                    still["thumb"] = picture and "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+        stills = strip["frames"] + strip["next"]["frames"]
+        thumbs = await asyncio.gather(*(_thumb(live, still["take"], still["frame"]) for still in stills))
+        for still, thumb in zip(stills, thumbs, strict=True):
+            still["thumb"] = thumb
         return MemoryStrip(**strip)
+
+
+async def _thumb(live: Live, take: str | None, frame: int) -> str | None:
+    """A small picture of a frame, as an address that holds it; None while there is none."""
+    if take is None:
+        return None
+    try:
+        picture = await asyncio.to_thread(frame_jpeg, await live.video(take), frame, 192)
+    except (Unknown, NotReady):
+        return None
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode() if picture else None
 
 
 # Streams
@@ -422,8 +430,10 @@ def _complaints(app: FastAPI) -> None:
     """Every error as JSON: a message for people, and what a program needs."""
 
     def on(kind: type[Exception], status: int, tell: Callable[[Any], dict[str, Any]] = lambda error: {}) -> None:
+        headers = {"Retry-After": "1"} if status == 503 else None
+
         async def handler(request: Request, error: Exception) -> JSONResponse:
-            return JSONResponse({"message": str(error), **tell(error)}, status)
+            return JSONResponse({"message": str(error), **tell(error)}, status, headers)
 
         app.add_exception_handler(kind, handler)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from shotstream.config import Fast
 from shotstream.errors import FAILED, MISSING, USAGE, Failure, one_line_errors
 from shotstream.server.limits import Limits
 
@@ -63,6 +64,13 @@ def serve(
             show_default="the model's own",
         ),
     ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Approximate what can be: --fp8 and --tiny-decoder together.")
+    ] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Approximate: linears in 8-bit floats.")] = False,
+    tiny_decoder: Annotated[
+        bool, typer.Option("--tiny-decoder", help="Approximate: a small network draws the pictures.")
+    ] = False,
     experimental: Annotated[bool, typer.Option(help="Allow `steer`: change the prompt inside a shot.")] = False,
 ) -> None:
     """Open the director's console: type a shot, watch it being made, redo, branch, keep."""
@@ -85,6 +93,7 @@ def serve(
             experimental=experimental,
             limits=_limits(limit or []),
             policy=policy,
+            fast=Fast(fp8=fast or fp8, decoder=fast or tiny_decoder),
         )
         session = _expected(studio, start) if start else ""
         studio.home.mkdir(parents=True, exist_ok=True)

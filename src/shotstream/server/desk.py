@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shotstream.config import Fast
 from shotstream.errors import is_out_of_memory
 from shotstream.film import DeviceError, find_device
 from shotstream.folder import ProjectError
@@ -42,7 +44,7 @@ MAKERS = 32  # projects whose texts are remembered
 
 
 def prepared(
-    connection: Connection, model: str, device: str, threads: int | None, policy: str | None
+    connection: Connection, model: str, device: str, threads: int | None, policy: str | None, fast: Fast
 ) -> Desk | None:
     """Load the model and warm it up, saying how far that is; None if that cannot be done, after saying why."""
     began = time.monotonic()
@@ -51,7 +53,7 @@ def prepared(
         torch.set_num_threads(threads)
     try:
         device = find_device(device)
-        pipeline = load(model, device)
+        pipeline = load(model, device, fast=fast)
     except (ModelError, DeviceError) as error:
         connection.send(NoModel(str(error)))
         return None
@@ -104,10 +106,18 @@ class Job:
         self.chunks.close()
         if not self.latents:
             return None
-        chunks = None if self.whole else len(self.latents)
-        take = self.request.done(self.seconds, device, chunks=chunks, frames=self.frames, steered=self.steered)
+        take = self._taken(device)
         self.shelf.keep(take.id, torch.cat(self.latents), self.stills)
         return take
+
+    def hold(self, device: str) -> None:
+        """Write what there is so far, unless there is no room: nor will there be for the whole, which will say so."""
+        with suppress(OSError):
+            self.shelf.hold(self._taken(device), torch.cat(self.latents))
+
+    def _taken(self, device: str) -> Take:
+        chunks = None if self.whole else len(self.latents)
+        return self.request.done(self.seconds, device, chunks=chunks, frames=self.frames, steered=self.steered)
 
 
 @dataclass
@@ -178,6 +188,8 @@ class Desk:
         self._telling(name, lambda: self._made(name, job))
         if name in self.jobs and job.whole:
             self._telling(name, lambda: self._whole(name, job))
+        elif name in self.jobs:
+            job.hold(self.device)
 
     def _made(self, name: str, job: Job) -> Made:
         chunk = job.step()
@@ -208,8 +220,11 @@ class Desk:
         """Send the news that `task` makes, or that the job has failed of something that can be told."""
         try:
             news = task()
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
+        except (MemoryError, RuntimeError, OSError) as error:
+            if isinstance(error, OSError) and error.filename:
+                reason = f"{error.filename}: {error.strerror}"
+                news = Failed(name, "disk", reason, "free some space, or use another disk; then play")
+            elif is_out_of_memory(error):
                 remedy = "use fewer chunks per shot, close other sessions, or a smaller model"
                 news = Failed(name, "out_of_memory", "out of memory", remedy)
             elif isinstance(error, ProjectError):

@@ -9,6 +9,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
@@ -76,6 +77,7 @@ class Exports:
     def __init__(self, live: Live) -> None:
         self._live = live
         self._turn = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, f"exports of {live.id}")  # its own: pictures must not wait for films
         self._tasks: set[asyncio.Task[None]] = set()
         self._files: dict[str, tuple[Path, str]] = {}  # by job: the file, and what to call it
         self._ended = False
@@ -105,6 +107,7 @@ class Exports:
         """End at the next frame what is being written, and drop the files."""
         self._ended = True
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._thread.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
@@ -153,7 +156,7 @@ class Exports:
         async with self._turn:
             try:
                 film = await self._film(places)
-                await asyncio.to_thread(_write, path, wish, film, on_frame)
+                await loop.run_in_executor(self._thread, _write, path, wish, film, on_frame)
             except (VideoError, StoryError, Unknown, NotReady, OSError) as error:
                 self._tell(job, "failed", 1.0, None, message=str(error))
                 return

@@ -20,6 +20,7 @@ class Limits:
     command_burst: int = 60
     exports_queued: int = 4  # per session
     project_bytes: int = 20_000_000_000
+    wait_seconds: float = 10.0  # for a model or a picture, until a request is told to come back: browsers open few
 
 
 class TokenBucket:

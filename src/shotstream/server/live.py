@@ -327,7 +327,10 @@ class Live:
             self._replays[take] = job, asyncio.get_running_loop().create_future()
             self.recorder.replay(job, take, self._encoder(self.studio.codec))
             self.studio.pool.make(self, worker.Replay(job, take, self.folder.path))
-        if trouble := await asyncio.shield(self._replays[take][1]):
+        done, _ = await asyncio.wait({self._replays[take][1]}, timeout=self.studio.limits.wait_seconds)
+        if not done:
+            raise NotReady(f"take {take} is still being decoded; try again soon")
+        if trouble := done.pop().result():
             raise Unknown(f"take {take} cannot be shown: {trouble}")
 
     def on_replayed(self, take: str, trouble: str | None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shotstream.config import Fast
 from shotstream.project import Model
 from shotstream.server.worker import (
     Failed,
@@ -65,7 +66,13 @@ class Pool:
     """The workers. devices: one worker each. `hear` of the keepers is called in their threads, the rest on the loop."""
 
     def __init__(
-        self, model: str, devices: Sequence[str], threads: int | None, policy: str | None, in_process: bool
+        self,
+        model: str,
+        devices: Sequence[str],
+        threads: int | None,
+        policy: str | None,
+        fast: Fast,
+        in_process: bool,
     ) -> None:
         self.model: Model | None = None  # once a worker has loaded it
         self.restarts = 0
@@ -74,7 +81,7 @@ class Pool:
         self._stations: list[Station] = []
         for number, device in enumerate(devices):
             hear = partial(self._hear, number)
-            self._stations.append(Station(Worker(model, device, threads, policy, in_process, hear), device))
+            self._stations.append(Station(Worker(model, device, threads, policy, fast, in_process, hear), device))
 
     def start(self, listener: Listener) -> None:
         self._loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ CHUNK_LIMIT = 64  # per shot, for one command
 ShotId = Annotated[Name, Field(min_length=1)]
 Chunks = Annotated[int, Field(ge=1, le=CHUNK_LIMIT)]
 Number = Annotated[int, Field(ge=1, le=SHOT_LIMIT, description="A shot's number in the story, from 1.")]
+Title = Annotated[Text, Field(max_length=200)]
 Pin = Annotated[str, Field(pattern=r"^[\w-]{1,64}@\d{1,6}$", examples=["enter@0"])]
 
 
@@ -35,6 +36,7 @@ class Cut(Command):
     chunks: Chunks | None = None
     seed: Seed | None = None
     at: Number | None = None
+    pins: Annotated[list[Pin], Field(max_length=64)] | None = None
 
 
 class Edit(Command):
@@ -75,6 +77,13 @@ class Regenerate(Command):
 
     op: Literal["regenerate"]
     shots: Literal["stale"] | Annotated[list[ShotId], Field(max_length=SHOT_LIMIT)] = "stale"
+
+
+class SetTitle(Command):
+    """Call the story something else."""
+
+    op: Literal["set_title"]
+    title: Title
 
 
 class SetGlobal(Command):
@@ -135,6 +144,7 @@ AnyCommand = Annotated[
     | Delete
     | Redo
     | Regenerate
+    | SetTitle
     | SetGlobal
     | SetPin
     | StartBranch
@@ -152,7 +162,7 @@ class NewSession(Strict):
     story: str | dict[str, Any] | None = None
     project: ShotId | None = None
     seed: Seed | None = None
-    title: Annotated[Text, Field(max_length=200)] | None = None
+    title: Title | None = None
 
 
 class Export(Strict):
@@ -232,9 +242,15 @@ class Remembered(BaseModel):
     thumb: str | None = Field(description="A data: URL; null while the shot is not made.")
 
 
-class MemoryStrip(BaseModel):
-    """The frames that condition a shot, and the earlier shots it sees nothing of."""
+class Context(BaseModel):
+    """The frames that condition a take, and the earlier shots it sees nothing of."""
 
-    shot: str
     frames: list[Remembered]
     forgotten: list[str]
+
+
+class MemoryStrip(Context):
+    """The context of a shot's take, or of a planned shot; and, as `next`, of its next take by the pins it has now."""
+
+    shot: str
+    next: Context

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shotstream.config import PRESETS
+from shotstream.config import EXACT, PRESETS, Fast
 from shotstream.folder import Folder
 from shotstream.project import CommandError, Model, Project
 from shotstream.server.limits import Limits
@@ -25,7 +25,6 @@ from shotstream.story import Story, StoryError
 from shotstream.video import display_scale
 
 IDLE_SECONDS = 1800.0  # until a session that nobody watches is put away
-WAIT_SECONDS = 60.0  # for the model, before a request is told to come back
 
 
 def default_home() -> Path:
@@ -41,6 +40,7 @@ class Studio:
     home: folder of the sessions. model, device: for the workers, one per device ("cuda:0,cuda:1"). codec: of take
     files, and of viewers that play it. threads: of a worker on a CPU. experimental: allow `steer`.
     in_process: the worker is a thread, for tests and notebooks. policy: a system's memory, instead of the model's own.
+    fast: what to approximate for speed.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Studio:
         experimental: bool = False,
         limits: Limits | None = None,
         policy: str | None = None,
+        fast: Fast = EXACT,
     ) -> None:
         self.home = home
         self.policy = policy
@@ -63,7 +64,7 @@ class Studio:
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self.lives: dict[str, Live] = {}
-        self.pool = Pool(model, device.split(","), threads, policy, in_process)
+        self.pool = Pool(model, device.split(","), threads, policy, fast, in_process)
         self._served = model
         self.hopeless = asyncio.Event()  # the model cannot be loaded
         self._known = asyncio.Event()  # the model, or that there is none
@@ -133,7 +134,7 @@ class Studio:
     def list(self) -> list[dict[str, Any]]:
         """All sessions, open or on disk, the one changed last first."""
         folders = {path.name: (path, None) for path in self.home.iterdir() if is_project(path)} | self._expected
-        found = [_summary(id, path, story, id in self.lives) for id, (path, story) in folders.items()]
+        found = [_summary(id, path, story, self.lives.get(id)) for id, (path, story) in folders.items()]
         return sorted(found, key=lambda summary: summary["changed"], reverse=True)
 
     async def session(self, id: str) -> Live:
@@ -196,7 +197,7 @@ class Studio:
     async def _loaded(self) -> Model:
         """What is known of the model, once it is loaded. Raises NotReady."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._known.wait(), WAIT_SECONDS)
+            await asyncio.wait_for(self._known.wait(), self.limits.wait_seconds)
         if self.pool.model is None:
             now = f"the model is not ready ({self.phase()['phase']}); try again soon"
             raise NotReady(self.pool.trouble or now)
@@ -266,14 +267,16 @@ def slug(title: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", plain))[:48].strip("-") or "story"
 
 
-def _summary(id: str, path: Path, story: Story | None, is_open: bool) -> dict[str, Any]:
+def _summary(id: str, path: Path, story: Story | None, live: Live | None) -> dict[str, Any]:
     """What the list says of a project, without opening it. story: if it is about to get another."""
-    if story is None and (path / "story.yaml").is_file():
+    if live is None and story is None and (path / "story.yaml").is_file():
         with suppress(StoryError):
             story = Story.from_file(path / "story.yaml")
     changed = (path / "project.json").stat().st_mtime if is_project(path) else time.time()
     title, shots = (story.title, len(story.shots)) if story else ("", 0)
-    return {"id": id, "title": title or id, "shots": shots, "open": is_open, "changed": changed}
+    if live:
+        title, shots = live.project.base.title, len(live.project.places)
+    return {"id": id, "title": title or id, "shots": shots, "open": live is not None, "changed": changed}
 
 
 def _open_folder(

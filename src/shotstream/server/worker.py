@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
+from shotstream.config import Fast
 from shotstream.project import Model, Request, Take
 
 GRACE = 10.0  # seconds that a worker is given to end
@@ -168,28 +170,31 @@ News = Phase | Ready | Made | Whole | Replayed | Stopped | Failed | NoModel | Go
 # In the worker's process
 
 
-def work(connection: Connection, model: str, device: str, threads: int | None, policy: str | None) -> None:
+def work(connection: Connection, model: str, device: str, threads: int | None, policy: str | None, fast: Fast) -> None:
     """The worker: load the model, then carry out orders until told to end, or until nobody is there any more."""
     with connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         connection.send(Phase("loading libraries", 0.05))
         from shotstream.server.desk import prepared  # torch: seconds, and only in this process
 
-        desk = prepared(connection, model, device, threads, policy)
+        desk = prepared(connection, model, device, threads, policy, fast)
         if desk:
             desk.serve()
 
 
-def _process(connection: Connection, model: str, device: str, threads: int | None, policy: str | None) -> None:
+def _process(
+    connection: Connection, model: str, device: str, threads: int | None, policy: str | None, fast: Fast
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us to end
-    work(connection, model, device, threads, policy)
+    work(connection, model, device, threads, policy, fast)
 
 
 # In the web process
 
 
 class Worker:
-    """The keeper of a worker: starts it, hands it orders, and hears its news in a thread of its own.
+    """The keeper of a worker: starts it, hands it orders, and hears its news.
 
+    Both in threads of their own: a worker that is busy with a chunk reads no orders, and a pipe holds few.
     in_process: the worker is a thread, for tests and notebooks.
     """
 
@@ -199,13 +204,14 @@ class Worker:
         device: str,
         threads: int | None,
         policy: str | None,
+        fast: Fast,
         in_process: bool,
         hear: Callable[[News], None],
     ) -> None:
-        self._arguments = (model, device, threads, policy)
+        self._arguments = (model, device, threads, policy, fast)
         self._in_process = in_process
         self._hear = hear
-        self._connection: Connection | None = None
+        self._orders: SimpleQueue[Order | None] = SimpleQueue()  # for the present worker
         self._body: BaseProcess | threading.Thread | None = None
         self._ending = False
 
@@ -225,14 +231,13 @@ class Worker:
             self._body = spawn.Process(target=_process, args=(theirs, *self._arguments), name="worker", daemon=True)
             self._body.start()
             theirs.close()  # or its end would not be noticed
-        self._connection = ours
-        threading.Thread(target=self._read, args=(ours, self._body), name="news", daemon=True).start()
+        self._orders = SimpleQueue()  # what was meant for the last worker is void
+        threading.Thread(target=_send, args=(ours, self._orders), name="orders", daemon=True).start()
+        threading.Thread(target=self._read, args=(ours, self._body, self._orders), name="news", daemon=True).start()
 
     def order(self, order: Order) -> None:
-        """Give an order. If the worker has died, the news of that is on its way, and the order is void."""
-        with contextlib.suppress(OSError):
-            if self._connection:
-                self._connection.send(order)
+        """Give an order, without waiting. If the worker has died, the news of that is on its way, and it is void."""
+        self._orders.put(order)
 
     def close(self) -> None:
         """Let the worker end after the chunk under way; kill it if it does not."""
@@ -244,13 +249,23 @@ class Worker:
                 self._body.kill()
                 self._body.join()
 
-    def _read(self, connection: Connection, body: BaseProcess | threading.Thread) -> None:
+    def _read(
+        self, connection: Connection, body: BaseProcess | threading.Thread, orders: SimpleQueue[Order | None]
+    ) -> None:
         hopeless = False
         with contextlib.suppress(EOFError, OSError):
             while True:
                 news = connection.recv()
                 hopeless = hopeless or isinstance(news, NoModel)
                 self._hear(news)
+        orders.put(None)
         body.join()
         if not self._ending and not hopeless:
             self._hear(Gone(body.exitcode if isinstance(body, BaseProcess) else None))
+
+
+def _send(connection: Connection, orders: SimpleQueue[Order | None]) -> None:
+    """Send what is ordered, until the worker has gone."""
+    with contextlib.suppress(OSError):
+        while order := orders.get():
+            connection.send(order)

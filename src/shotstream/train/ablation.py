@@ -71,7 +71,9 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
         "no phase": Arm("shots told apart", Options(shots="none"), _WHOLE),
         "learned embedding": Arm("shots told apart", Options(shots="embedding"), _WHOLE),
         "stage 1 only": Arm("distillation", stages=("stage1",), changes={"stage1": [budget]}),
-        "stage 2 only": Arm("distillation", stages=("stage2",), changes={"stage2": [budget, "init=ode"]}),
+        "stage 2 only": Arm(
+            "distillation", stages=("stage2",), changes={"stage2": [budget, "init=ode", "task.critic=teacher"]}
+        ),
     }
 
 

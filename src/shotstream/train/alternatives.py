@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from shotstream.config import DiTConfig
-from shotstream.models.dit import DiT, Memory, Text
+from shotstream.models.dit import DiT, Level, Memory, Text
 from shotstream.models.rope import Rotation
 
 
@@ -41,7 +41,7 @@ class ChannelDiT(DiT):
     def forward(
         self,
         latents: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | Level,
         text: Text,
         places: Rotation,
         memory: Memory | None = None,
@@ -51,6 +51,7 @@ class ChannelDiT(DiT):
 
         Raises ValueError with a memory: a student keeps its context there.
         """
+        assert isinstance(timesteps, Tensor)
         if memory is not None or not isinstance(places, Marked):
             raise ValueError("options.inject=channel is for teachers: a student keeps its context in its memory")
         context = places.context
@@ -88,7 +89,7 @@ class OpeningDiT(DiT):
     def forward(
         self,
         latents: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | Level,
         text: Text,
         places: Rotation,
         memory: Memory | None = None,

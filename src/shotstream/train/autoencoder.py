@@ -1,6 +1,7 @@
 """The storybook decoder: pictures from half-whitened patch latents (the encoder is fitted, not trained).
 
     shotstream train stage autoencoder --preset storybook --out runs
+    shotstream train stage tiny-decoder --preset storybook --out runs       fast mode's, a quarter of the arithmetic
 
 Stories are rendered as they are needed. A little noise on the latents makes the decoder forgiving towards a diffusion
 model's latents, which are never exact.
@@ -34,6 +35,7 @@ class AutoencoderConfig:
     first_seed: int = 50_000_000  # of the stories rendered, disjoint from the diffusion model's
     held_out: int = 12  # shots on which the PSNR is measured
     edges: float = 1.0  # weight of the error of neighbouring pixels' differences: outlines
+    tiny: bool = False  # the decoder of fast mode (`PatchVAEConfig.tiny`), for the same latents
 
 
 def batch(rng: np.random.Generator, shots: int, first_seed: int, share: Share = WHOLE) -> Tensor:

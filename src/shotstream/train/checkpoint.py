@@ -130,20 +130,27 @@ def _read_plain(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(io.BytesIO(state["bytes"]), weights_only=True) if "bytes" in state else state
 
 
-def averaged_weights(out: Path) -> dict[str, Tensor]:
-    """The averaged weights of the run in folder `out`, whole, whatever wrote them. Raises FileNotFoundError."""
+def averaged_weights(out: Path, part: str = "network") -> dict[str, Tensor]:
+    """The averaged weights of a part of the run in folder `out`, whole, whatever wrote them. Raises FileNotFoundError,
+    and ValueError if the run has no such part.
+    """
     path = out / "checkpoint.pt"
     if path.exists():
-        return torch.load(path, weights_only=True, map_location="cpu")["network"]["ema"]
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if part not in state:
+            raise ValueError(f"{path}: has no {part}")
+        return state[part]["ema"]
     newest = newest_folder(out / "checkpoints")
     if newest is None:
         raise FileNotFoundError(f"{path}: train stage {out.name!r} first")
-    prefix = "network.ema."
+    prefix = f"{part}.ema."
     table = FileSystemReader(newest).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size)
         for name, entry in table.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
+    if not state:
+        raise ValueError(f"{newest}: has no {part}")
     load(state, checkpoint_id=newest, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}

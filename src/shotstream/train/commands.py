@@ -40,7 +40,10 @@ def all_stages(
 
 @train_app.command("stage")
 def one_stage(
-    name: Annotated[str, typer.Argument(help="data, autoencoder, image, shot, next, pairs, ode, stage1, stage2.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="data, autoencoder, tiny-decoder, image, shot, next, causal, pairs, ode, stage1, stage2."),
+    ],
     preset: Preset = "storybook",
     out: Out = Path("runs"),
     assignments: Set = None,

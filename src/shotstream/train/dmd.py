@@ -28,7 +28,7 @@ from shotstream.train.draws import Draws
 from shotstream.train.model import Model, after, dual_buffer
 from shotstream.train.network import Network, frozen, network
 from shotstream.train.released import NoisyCommits, straight_through
-from shotstream.train.run import Job, RunConfig, Sheet
+from shotstream.train.run import Job, RunConfig, Sheet, learning_scale
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,18 @@ class DMDConfig:
     history: Literal["data", "own"] = "data"  # stage 1 or stage 2
     first_shots: float = 0.25  # stage 1: share of rollouts without context
     drop_context: float = 0.0  # stage 2: share of later shots that lose theirs (0.1)
-    critic_steps: int = 2  # critic updates per student update (5)
-    critic_lr: float = 6e-4
+    critic: Literal["teacher", "stage"] = "teacher"  # what it begins as; "stage": the critic of the stage before
+    critic_first: int = 0  # critic updates before the student moves: it begins as the teacher and sees no difference
+    critic_steps: int = 5  # then, critic updates per student update (5)
+    critic_lr: float = 6e-4  # of Muon, as in RunConfig
+    critic_lr_adam: float = 2e-4  # of AdamW
+    critic_optimizer: str = ""  # default: the student's
+    critic_average: float = 0.0  # decay of the averaged critic that judges the student; 0: the critic as it is (0)
     guidance: float = 2.0  # of the teacher (4 in the usual convention)
     low: float = 0.02  # sigma of the comparison lies in here
     high: float = 0.98
     shift: float = 3.0
+    exits: Literal["any", "last"] = "any"  # steps that learn, one per rollout; "last": what is shown is what is matched
     sigma_floor: float = 0.3  # of the critic's weight 1 / sigma^2; 0: unweighted in velocity (0)
     lora: int = 0  # rank of adapters for student and critic; 0: everything learns (stage 2: 256)
     shots: int = 5  # stage 2: longest story that is rolled
@@ -116,18 +122,32 @@ def predict(model: Model, batch: Batch, noisy: Tensor, sigma: Tensor, words: Ten
     return to_x0(x, velocity, after(batch.context, levels))[:, batch.context :]
 
 
-def student_loss(trio: Trio, batch: Batch, x: Tensor, draws: Draws, cfg: DMDConfig) -> Tensor:
-    """Distribution matching: move x along (critic - teacher), normalised by the teacher's distance."""
+def guided(teacher: Model, batch: Batch, noisy: Tensor, sigma: Tensor, cfg: DMDConfig) -> Tensor:
+    """The teacher's x0 of the target, with guidance."""
+    text = predict(teacher, batch, noisy, sigma, batch.words)
+    if cfg.guidance == 1:
+        return text
+    null = predict(teacher, batch, noisy, sigma, teacher.null(batch.words))
+    return guide(text, null, cfg.guidance)
+
+
+def student_loss(trio: Trio, batch: Batch, x: Tensor, draws: Draws, cfg: DMDConfig) -> tuple[Tensor, Tensor]:
+    """Distribution matching: move x along (critic - teacher), normalised by the teacher's distance.
+
+    Also returns how far the critic can be trusted, a number without gradient. Critic and teacher both estimate x; the
+    share of critic - teacher that leads from the teacher's estimate to x is 1 for a perfect critic, less if there is
+    noise in it, nothing if it is all noise, and more than 1 if the critic lags behind the student.
+    """
+    critic = trio.critic.ema if cfg.critic_average else trio.critic.compute
     with torch.no_grad():
         sigma = compare_at(draws, len(x), cfg).to(x.device)
         noisy = add_noise(x, draws.noise(tuple(x.shape), x.device), sigma)
-        fake = predict(trio.critic.compute, batch, noisy, sigma, batch.words)
-        text = predict(trio.teacher, batch, noisy, sigma, batch.words)
-        null = predict(trio.teacher, batch, noisy, sigma, trio.teacher.null(batch.words))
-        real = guide(text, null, cfg.guidance)
+        fake = predict(critic, batch, noisy, sigma, batch.words)
+        real = guided(trio.teacher, batch, noisy, sigma, cfg)
         scale = (x - real).abs().mean((1, 2, 3, 4), keepdim=True)
         gradient = torch.nan_to_num((fake - real) / scale)
-    return 0.5 * (x.double() - (x - gradient).detach().double()).square().mean()
+        trust = ((x - real) * (fake - real)).sum() / (fake - real).square().sum().clamp(min=1e-12)
+    return 0.5 * (x.double() - (x - gradient).detach().double()).square().mean(), trust
 
 
 def critic_loss(trio: Trio, batch: Batch, x: Tensor, draws: Draws, cfg: DMDConfig) -> Tensor:
@@ -160,26 +180,28 @@ class OwnHistory:
         self.stills: dict[tuple[int, int], Tensor] = {}
 
     def next(self, draws: Draws) -> Batch:
-        """The batch for the present shot of the stories being rolled."""
-        if self.shot >= self.shots:
+        """The batch for the present shot of the stories being rolled; the first shot's draws choose the stories."""
+        if self.shot == 0:
             self.shots = int(draws.rng.integers(2, self.cfg.shots + 1))
             self.rows = self.stories.pick_stories(draws.rng, self.size, self.shots)
-            self.shot, self.stills = 0, {}
         rows = [(story, self.shot) for story in self.rows]
         kept = self.shot > 0 and draws.rng.random() >= self.cfg.drop_context
         batch = self.stories.gather(rows, draws.rng, context=kept, share=draws.share)
         if not kept:
             return batch
         own = torch.stack([self.stills[pick] for pick in self.rule.picks((self.length,) * self.shot)], dim=1)
-        return replace(batch, latents=torch.cat((own, batch.target), dim=1))
+        mine = torch.stack(draws.part.of(list(own)))
+        return replace(batch, latents=torch.cat((mine, batch.target), dim=1))
 
     @torch.no_grad()
     def advance(self, latents: Tensor) -> None:
-        """Add the shot just made to the history."""
+        """Add the shot just made, of all of this process's stories, to the history; after the last, forget them."""
         frames, _ = self.vae.decode(latents)
         for picture in self.rule.pictures(self.length, self.cfg.shots):
             self.stills[self.shot, picture] = self.vae.context_latents(frames[:, picture].clamp(-1, 1)).float().cpu()
         self.shot += 1
+        if self.shot == self.shots:
+            self.shot, self.stills = 0, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stories stand, of all processes together."""
@@ -201,42 +223,64 @@ def train(
     teacher: Model,
     vae: VAE | None = None,
     sheet: Sheet | None = None,
+    critic: Model | None = None,
 ) -> Network[Model]:
     """Train until `runs.steps` updates (student and critic together); resumes from `runs.out`.
 
+    `critic`: what it begins as; default: the teacher.
     Raises ValueError if stage 2 is given no autoencoder to decode the student's shots with.
     """
     if cfg.history == "own" and vae is None:
         raise ValueError("history=own decodes the student's shots: give the trained autoencoder")
-    critic = copy.deepcopy(teacher)
+    critic = critic or copy.deepcopy(teacher)
     for learns in (student, critic):
         learns.text.requires_grad_(False)
         if cfg.lora:
             lora.add(learns.dit, cfg.lora)
-    critic_runs = replace(runs, lr=cfg.critic_lr, lr_adam=cfg.critic_lr / 3)
+    critic_runs = replace(
+        runs,
+        optimizer=cfg.critic_optimizer or runs.optimizer,
+        lr=cfg.critic_lr,
+        lr_adam=cfg.critic_lr_adam,
+        ema=cfg.critic_average,
+    )
     trio = Trio(network(student, runs), network(critic, critic_runs), frozen(teacher, runs))
     history = OwnHistory(stories, vae, model, runs.batch, cfg) if cfg.history == "own" and vae else None
     parts = {"network": trio.student, "critic": trio.critic} | ({"history": history} if history else {})
     job = Job(runs, parts, sheet, model=model, recipe=cfg)
     levels = len(model.schedule.steps)
+    moving = replace(runs, steps=runs.steps - cfg.critic_first)  # the student's own warm-up begins with its first step
     for draws in job.steps():
-        batch = history.next(draws) if history else from_data(stories, draws, runs.batch, cfg)
-        batch = batch.to(runs.device)
-        exit_step, noise = int(draws.rng.integers(levels)), FreshNoise(draws)
-        learn = job.step % (cfg.critic_steps + 1) == 0
-        with torch.set_grad_enabled(learn):
-            x = rollout(trio.student.compute, batch, noise, exit_step, cfg)
+        turn = job.step - cfg.critic_first
+        learn = turn >= 0 and turn % (cfg.critic_steps + 1) == 0
+        made: list[tuple[Batch, FreshNoise, Tensor]] = []
+        for part in draws.parts(runs.accumulate):
+            batch = history.next(part) if history else from_data(stories, part, runs.batch, cfg)
+            batch = batch.to(runs.device)
+            drawn, noise = int(part.rng.integers(levels)), FreshNoise(part)
+            exit_step = drawn if cfg.exits == "any" else levels - 1
+            with torch.set_grad_enabled(learn):
+                x = rollout(trio.student.compute, batch, noise, exit_step, cfg)
+            if learn:
+                value, trust = student_loss(trio, batch, x, part, cfg)
+                job.tell(**{"loss_student": value, f"trust_{exit_step}": trust})
+            else:
+                value = critic_loss(trio, batch, x, part, cfg)
+                job.tell(loss_critic=value)
+            (value / runs.accumulate).backward()
+            made.append((batch, noise, x.detach()))
         if learn:
-            value, learner = student_loss(trio, batch, x, draws, cfg), trio.student
+            job.tell(norm_student=trio.student.step(learning_scale(turn, moving)))
         else:
-            value, learner = critic_loss(trio, batch, x, draws, cfg), trio.critic
-        value.backward()
-        norm = learner.step(job.scale)
+            job.tell(norm_critic=trio.critic.step(job.scale))
         if history:
-            if cfg.past == "whole":  # never that of a random exit step, with the weights just learned
-                with torch.no_grad():
-                    x = rollout(trio.student.compute, batch, noise, None, cfg)
-            history.advance(x.detach())
-        who = "student" if learn else "critic"
-        job.tell(**{f"loss_{who}": value.item(), f"norm_{who}": norm})
+            history.advance(torch.cat([past(trio.student.compute, *one, cfg) for one in made]))
     return trio.student
+
+
+@torch.no_grad()
+def past(student: Model, batch: Batch, noise: FreshNoise, x: Tensor, cfg: DMDConfig) -> Tensor:
+    """What the history remembers of a shot: never the answer of a random exit step, and with the weights just learned,
+    unless `past=exit`.
+    """
+    return x if cfg.past == "exit" else rollout(student, batch, noise, None, cfg)

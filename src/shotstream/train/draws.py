@@ -17,11 +17,18 @@ from shotstream.data.batch import WHOLE, Share
 class Draws:
     """Random numbers of one step: decisions are the same in all processes, each keeps its share of the noise."""
 
-    def __init__(self, seed: int, step: int = 0, share: Share = WHOLE) -> None:
+    def __init__(self, seed: int, step: int = 0, share: Share = WHOLE, part: Share = WHOLE) -> None:
+        """`part`: which part of a process's samples `share` stands for, see `parts`."""
         self.rng = np.random.default_rng([seed, step])
-        self.share = share
+        self.seed, self.step = seed, step
+        self.share, self.part = share, part
         self._key = np.array([seed % 2**64, step], dtype=np.uint64)
         self._calls = 0
+
+    def parts(self, count: int) -> list[Draws]:
+        """The same numbers for a process that works through its samples in `count` parts, one after the other."""
+        rank, processes = self.share.rank * count, self.share.processes * count
+        return [Draws(self.seed, self.step, Share(rank + k, processes), Share(k, count)) for k in range(count)]
 
     def noise(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """Normal numbers, float32; `shape[0]` counts this process's samples."""

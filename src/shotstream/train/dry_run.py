@@ -150,7 +150,7 @@ def _train(stage: Stage, recipe: Recipe, config: Config, runs: RunConfig, storie
         case ODEConfig() as task:  # pairs are made before; data in their place have the same shapes
             network = ode.train(config, dataclasses.replace(task, source="data"), runs, stories, model())
         case DMDConfig() as task:  # one step of the student, one of the critic
-            fast = dataclasses.replace(task, critic_steps=1)
+            fast = dataclasses.replace(task, critic_steps=1, critic_first=0)
             network = dmd.train(config, fast, runs, stories, model(), model(), NoiseVAE(config))
     return sum(p.numel() for p in trained(network.masters))
 

@@ -163,6 +163,7 @@ def shard(module: M, config: RunConfig) -> M:
             if isinstance(block, Block):
                 spread(block)
                 register_fsdp_forward_method(block, "read")
+                register_fsdp_forward_method(block, "keep")
         if any(True for _ in part.parameters()):
             spread(part)
         if isinstance(part, DiT):

@@ -207,12 +207,14 @@ def train(
     pairs = Pairs(Path(cfg.pairs)) if cfg.source == "pairs" else None
     job = Job(runs, {"network": trained}, sheet, model=model, recipe=cfg)
     for draws in job.steps():
-        batch, states = data(cfg, draws, stories, pairs, model, runs.batch)
-        batch, states = batch.to(runs.device), states.to(runs.device)
-        words = drop_text(draws, trained.compute, batch.words, batch.index, cfg.drop_text)
-        shown = task(trained.compute, batch, states, draws, words)
-        target = guided(teacher, batch, shown, cfg.guidance) if cfg.source == "guided" else shown.clean
-        value = loss(trained.compute, shown, target)
-        value.backward()
-        job.tell(loss=value, norm=trained.step(job.scale))
+        for part in draws.parts(runs.accumulate):
+            batch, states = data(cfg, part, stories, pairs, model, runs.batch)
+            batch, states = batch.to(runs.device), states.to(runs.device)
+            words = drop_text(part, trained.compute, batch.words, batch.index, cfg.drop_text)
+            shown = task(trained.compute, batch, states, part, words)
+            target = guided(teacher, batch, shown, cfg.guidance) if cfg.source == "guided" else shown.clean
+            value = loss(trained.compute, shown, target)
+            (value / runs.accumulate).backward()
+            job.tell(loss=value)
+        job.tell(norm=trained.step(job.scale))
     return trained

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shotstream import checkpoints
+from shotstream import checkpoints, fast
 from shotstream.checkpoints import read_model, write_model
 from shotstream.config import PRESETS, Config, PatchVAEConfig, WanVAEConfig, WordsConfig, override
 from shotstream.data.batch import Batch, ContextRule, Kind
@@ -38,12 +38,14 @@ from shotstream.train.run import RunConfig, Sheet
 from shotstream.train.sheets import Sample, Sheets
 from shotstream.train.teacher import TeacherConfig
 
+TINY = "tiny-decoder"  # the stage that makes fast mode's decoder; `fast` reads it from a file beside the model's
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Stories rendered and encoded; the encoder is fitted to `fit` shots first."""
 
-    stories: int = 4096
+    stories: int = 8960
     fit: int = 160
     workers: int = 1
 
@@ -113,8 +115,24 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
         return max(4, round(count * scale))
 
     # What text and memory decide is decided near sigma 1: flat colours stay legible below (docs/LOG.md).
-    shots = TeacherConfig("next", causal=0.5, sigma_mean=1.9, sigma_deviation=1.6, cast_weight=3.0)
+    shots = TeacherConfig("next", first_shots=0.4, causal=0.5, sigma_mean=1.9, sigma_deviation=1.6, cast_weight=3.0)
     causal = dataclasses.replace(shots, causal=0.75, sigma_mean=2.1, cast_weight=5.0)
+    # A critic that learns fast is mostly noise, and a student that learns fast is never caught up with (docs/LOG.md).
+    matching = DMDConfig(
+        critic_first=steps(60),
+        critic_steps=4,
+        critic_optimizer="muon",
+        critic_lr=1e-4,
+        critic_lr_adam=3e-5,
+        critic_average=0.9,
+        guidance=1.0,
+        low=0.3,
+        high=0.8,
+        shift=1.0,
+        exits="last",
+    )
+    own = dataclasses.replace(matching, history="own", critic="stage", critic_first=steps(20))
+    slow = dataclasses.replace(_runs(steps(450), batch // 2), optimizer="adamw", lr_adam=1e-5, warmup=10, ema=0.95)
     return Recipe(
         config,
         (
@@ -122,12 +140,13 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
             Stage("autoencoder", AutoencoderConfig(), _runs(steps(900), max(1, batch // 8), 6e-3, ema=0.99)),
             Stage("image", TeacherConfig(kind="image"), _runs(steps(800), 4 * batch)),
             Stage("shot", TeacherConfig(kind="shot"), _runs(steps(220), batch, 2e-3), init="image"),
-            Stage("next", shots, _runs(steps(3100), batch, 2e-3, ema=0.999), init="shot"),
-            Stage("causal", causal, _runs(steps(560), batch, 1.5e-3, ema=0.997), init="next"),
+            Stage("next", shots, _runs(steps(4900), batch, 2e-3, ema=0.999), init="shot"),
+            Stage("causal", causal, _runs(steps(840), batch, 1.5e-3, ema=0.997), init="next"),
             Stage("pairs", PairsConfig(steps(20), batch // 2), init="next"),
             Stage("ode", ODEConfig(source), _runs(steps(64), batch, 1.5e-3, warmup=8, ema=0.95), init="next"),
-            Stage("stage1", DMDConfig(guidance=1.5), _runs(steps(450), batch // 2, 4e-4, ema=0.98), init="ode"),
-            Stage("stage2", DMDConfig("own", guidance=1.5), _runs(steps(150), batch // 2, 4e-4, ema=0.98), "stage1"),
+            Stage("stage1", matching, slow, init="ode"),
+            Stage("stage2", own, dataclasses.replace(slow, steps=steps(225)), init="stage1"),
+            Stage(TINY, AutoencoderConfig(tiny=True), _runs(steps(900), max(1, batch // 8), 6e-3, ema=0.99)),
         ),
         student,
     )
@@ -161,7 +180,7 @@ def _wan(config: Config) -> Recipe:
             first_shots=0.1,
             drop_context=drop,
             critic_steps=5,
-            critic_lr=1.2e-6,  # times a third: of AdamW 4e-7
+            critic_lr_adam=4e-7,
             guidance=4.0,
             shift=config.schedule.shift,
             sigma_floor=0.0,
@@ -219,7 +238,7 @@ def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> No
         _make_data(recipe, stage.task, root)
         return
     if isinstance(stage.task, AutoencoderConfig):
-        autoencoder.train(recipe.config, stage.task, runs, _fitted(recipe, root))
+        autoencoder.train(recipe.config, stage.task, runs, _fitted(recipe, root, stage.task.tiny))
         return
     model = fresh(recipe, runs.seed, root)
     if stage.init:
@@ -246,15 +265,18 @@ def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> No
             ode.train(config, task, runs, stories, model, sheets(roll, "next"))
         case DMDConfig():
             expert = load_weights(fresh(recipe, 0, root), root / "next")
+            critic = None
+            if stage.task.critic == "stage":
+                critic = load_weights(fresh(recipe, 0, root), root / stage.init, "critic")
             vae = _vae(recipe, root, runs.device) if stage.task.history == "own" else None
-            dmd.train(config, stage.task, runs, stories, model, expert, vae, sheets(roll, "next"))
+            dmd.train(config, stage.task, runs, stories, model, expert, vae, sheets(roll, "next"), critic)
 
 
 def source(recipe: Recipe, root: Path) -> Stories | Clips:
     """The stories of `<root>/data`: drawn ones, or clips cached by `shotstream data cache-latents`."""
     rule = ContextRule.of(dual_buffer(recipe.config))
     if recipe.is_storybook:
-        return Stories(root / "data", build(recipe.config)[2], rule=rule)
+        return Stories(root / "data", build(recipe.config)[2], rule=rule, paraphrases=8, pairs=0.15)
     return Clips(root / "data", rule, recipe.config.chunk)
 
 
@@ -268,9 +290,10 @@ def fresh(recipe: Recipe, seed: int, root: Path | None = None) -> Model:
     return Model(dit, TextStates(nothing), recipe.config, recipe.options)
 
 
-def load_weights(model: Model, origin: Path) -> Model:
+def load_weights(model: Model, origin: Path, part: str = "network") -> Model:
     """The averaged weights of a stage (its folder), adapters merged; or those of a model file, ours or Wan's.
 
+    `part`: of the stage's networks, "network" (what it trains) or "critic".
     Parameters that only an alternative has (`options.inject`, `options.shots`) may be missing and stay fresh.
     """
     if origin.suffix == ".safetensors" and isinstance(model.config.vae, PatchVAEConfig):
@@ -280,7 +303,7 @@ def load_weights(model: Model, origin: Path) -> Model:
         weights = checkpoints.recognise([origin], [checkpoints.dit_network(model.config.dit)])
         state = {f"dit.{n}": t for n, t in checkpoints.state(weights, torch.float32, "cpu").items()}
     else:
-        state = checkpoint.averaged_weights(origin)
+        state = checkpoint.averaged_weights(origin, part)
     state = lora.merged(state) if lora.has_adapters(state) else state
     own = {"dit.beside.weight", "dit.opening"} & model.state_dict().keys()
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -293,8 +316,13 @@ def export(recipe: Recipe, name: str, root: Path, out: Path) -> Path:
     """Write what `generate` loads: the averaged weights of stage `name`, with all it takes to use them.
 
     At storybook size one model file; at Wan size the DiT by its native names. For a stage trained with LoRA, also the
-    adapters, in peft's format, in a folder beside it.
+    adapters, in peft's format, in a folder beside it. Of stage `TINY` the decoder alone: as `fast.beside(model file)`
+    it serves that model's fast mode.
     """
+    stages = {s.name: dataclasses.asdict(s) for s in recipe.stages}
+    if name == TINY:
+        fast.write_decoder(out, trained_vae(recipe, root, tiny=True), {"stage": name, "recipe": stages[name]})
+        return out
     if recipe.options != Options(context_level=recipe.options.context_level):
         raise ValueError("a model of other options than the defaults cannot be exported: `generate` knows the defaults")
     state = checkpoint.averaged_weights(root / name)
@@ -305,7 +333,6 @@ def export(recipe: Recipe, name: str, root: Path, out: Path) -> Path:
         tensors = {n: t.to(torch.bfloat16) for n, t in model.dit.state_dict().items()}
         checkpoints.write_tensors(out, tensors, {"stage": name, "recipe": recipe.config.name})
         return out
-    stages = {s.name: dataclasses.asdict(s) for s in recipe.stages}
     write_model(
         out,
         recipe.config,
@@ -329,13 +356,13 @@ def _make_data(recipe: Recipe, task: DataConfig, root: Path) -> None:
 LINEAR = ("mean", "project", "unproject")
 
 
-def _fitted(recipe: Recipe, root: Path) -> PatchVAE:
-    """The autoencoder with its linear part fitted and an untrained decoder."""
+def _fitted(recipe: Recipe, root: Path, tiny: bool = False) -> PatchVAE:
+    """The autoencoder with its linear part fitted and an untrained decoder, on request the tiny one of fast mode."""
     path = root / "vae-linear.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{path}: run stage 'data' first")
     torch.manual_seed(0)
-    vae = build(recipe.config)[1]
+    vae = _autoencoder(recipe, tiny)
     vae.load_state_dict({n: t for n, t in load_file(path).items() if n in LINEAR}, strict=False)
     return vae
 
@@ -361,10 +388,17 @@ def _wan_vae(config: WanVAEConfig, root: Path, device: str, needed: bool) -> Wan
     return vae.requires_grad_(False).eval()
 
 
-def trained_vae(recipe: Recipe, root: Path) -> PatchVAE:
-    path = root / "autoencoder" / "checkpoint.pt"
+def _autoencoder(recipe: Recipe, tiny: bool) -> PatchVAE:
+    assert isinstance(recipe.config.vae, PatchVAEConfig)
+    return PatchVAE(recipe.config.vae.tiny if tiny else recipe.config.vae)
+
+
+def trained_vae(recipe: Recipe, root: Path, tiny: bool = False) -> PatchVAE:
+    """The autoencoder with the trained decoder, on request the tiny one of fast mode."""
+    stage = TINY if tiny else "autoencoder"
+    path = root / stage / "checkpoint.pt"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: train stage 'autoencoder' first")
-    vae = build(recipe.config)[1]
+        raise FileNotFoundError(f"{path}: train stage {stage!r} first")
+    vae = _autoencoder(recipe, tiny)
     vae.load_state_dict(checkpoint.averaged_weights(path.parent))
     return vae

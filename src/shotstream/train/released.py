@@ -55,8 +55,8 @@ class _Leaking:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def bind(self, plan: Any, new: tuple[Any, ...], write: bool = False) -> _LeakingBound:
-        return _LeakingBound(self, self.inner.bind(plan, new, write), new, write)
+    def bind(self, plan: Any, new: tuple[Any, ...], write: bool = False, silent: bool = False) -> _LeakingBound:
+        return _LeakingBound(self, self.inner.bind(plan, new, write, silent), new, write)
 
 
 class _LeakingBound:

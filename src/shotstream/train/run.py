@@ -2,10 +2,11 @@
 
     job = Job(runs, {"network": network}, sheet, model=model, recipe=cfg)
     for draws in job.steps():
-        value = loss(network.compute, stories.batch(draws.rng, runs.batch, "next", share=draws.share), draws, cfg)
-        value.backward()
+        for part in draws.parts(runs.accumulate):
+            value = loss(network.compute, stories.batch(part.rng, runs.batch, "next", share=part.share), part, cfg)
+            (value / runs.accumulate).backward()
+            job.tell(loss=value)
         network.step(job.scale)
-        job.tell(loss=value)
 
 A job resumes where its last checkpoint is. As random numbers are a function of the step (`draws.py`), stopping and
 resuming equals not stopping.
@@ -42,6 +43,7 @@ class RunConfig:
     out: str = ""
     steps: int = 1000
     batch: int = 32  # of all processes together
+    accumulate: int = 1  # parts in which a process works through its samples of a step, to save memory
     lr: float = 3e-3  # of Muon, for matrices
     lr_adam: float = 1e-3  # of AdamW, for everything else
     warmup: int = 50

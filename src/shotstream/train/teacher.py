@@ -106,13 +106,15 @@ def train(
             block.compile(dynamic=False)
     job = Job(runs, {"network": trained}, sheet, model=model, recipe=cfg)
     for draws in job.steps():
-        kind = cfg.kind
-        if kind == "next" and draws.rng.random() < cfg.first_shots:
-            kind = "shot"
-        batch = stories.batch(draws.rng, runs.batch, kind, share=draws.share).to(runs.device)
-        value = loss(trained.compute, batch, draws, cfg)
-        value.backward()
-        job.tell(**{f"loss_{kind}": value}, norm=trained.step(job.scale))
+        for part in draws.parts(runs.accumulate):
+            kind = cfg.kind
+            if kind == "next" and part.rng.random() < cfg.first_shots:
+                kind = "shot"
+            batch = stories.batch(part.rng, runs.batch, kind, share=part.share).to(runs.device)
+            value = loss(trained.compute, batch, part, cfg)
+            (value / runs.accumulate).backward()
+            job.tell(**{f"loss_{kind}": value})
+        job.tell(norm=trained.step(job.scale))
     return trained
 
 

@@ -24,6 +24,10 @@ class DualBuffer(MemoryPolicy):
     first_shot: Literal["zeros", "empty"] = "zeros"  # context of a story's first shot: zero latents, or none
     pins: tuple[tuple[int, int], ...] = ()  # (shot, picture) that must be context of the next shot; ours
 
+    @property
+    def settled(self) -> bool:
+        return True
+
     def boundary(
         self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]
     ) -> Boundary:

@@ -1,20 +1,15 @@
 /** The server, as functions. Every address is relative to the page, so the console works under any path prefix. */
 
+import { sentence } from "./words.js";
+
 const API = new URL("api/v1/", document.baseURI);
 
-/** What the server refused: `message` says why in a sentence, `field` names the culprit if there is one. */
+/** What the server refused: `message` says why in a sentence. */
 export class Refused extends Error {
-  constructor(status, { message, field, remedy, detail } = {}) {
-    super([message ?? describe(detail) ?? `The server answered ${status}.`, remedy].filter(Boolean).join(" "));
+  constructor(status, message) {
+    super(sentence(message ?? `the server answered ${status}`));
     this.status = status;
-    this.field = field;
   }
-}
-
-function describe(detail) {
-  if (typeof detail === "string") return detail;
-  if (Array.isArray(detail)) return detail.map((item) => `${(item.loc ?? []).slice(1).join(".")}: ${item.msg}`).join("; ");
-  return detail?.message;
 }
 
 async function request(method, path, body) {
@@ -27,10 +22,10 @@ async function request(method, path, body) {
       credentials: "same-origin",
     });
   } catch {
-    throw new Refused(0, { message: "The server cannot be reached.", remedy: "Your words are kept; try again in a moment." });
+    throw new Refused(0, "the server cannot be reached; your words are kept, try again in a moment");
   }
   const content = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Refused(answer.status, content);
+  if (!answer.ok) throw new Refused(answer.status, content.message);
   return content;
 }
 
@@ -41,6 +36,7 @@ const at = (id, path) => `sessions/${encodeURIComponent(id)}${path}`;
 
 export const api = {
   ready: () => fetch(new URL("readyz", document.baseURI)).then((answer) => answer.json()),
+  info: () => request("GET", "info"),
   examples: () => request("GET", "examples"),
   convert: (text) => request("POST", "stories/convert", STRUCTURED.test(text) ? { text } : { text, format: "text" }),
   sessions: () => request("GET", "sessions"),

@@ -14,12 +14,12 @@ import { shotCard } from "./shot-card.js";
 import { Store } from "./store.js";
 import { placeHead, timeline, timelineHead } from "./timeline.js";
 import { branches } from "./tree.js";
-import { seconds } from "./words.js";
+import { readying, seconds } from "./words.js";
 
 const store = new Store();
 const part = (id) => document.getElementById(id);
 const dialogs = new Dialogs(store, begin);
-const player = new Player(store, { position: onScreen, act: (name) => director.act(name) });
+const player = new Player(store, { position: onScreen, act: (...what) => director.act(...what) });
 const director = new Director(store, player, dialogs);
 const { act } = director;
 
@@ -29,6 +29,7 @@ const { act } = director;
 async function begin({ id, ...fields }) {
   for (;;) {
     try {
+      store.info = await api.info();
       open(id ? await api.document(id) : await api.create(fields));
       return null;
     } catch (error) {
@@ -56,14 +57,29 @@ function open(document) {
       await director.refresh(); // a restarted server counts its events anew
     },
     lost(wait) {
-      if (store.connection.state !== "lost") say("Connection lost. Trying again.");
+      const news = store.connection.state !== "lost";
       store.set({ connection: { state: "lost", until: performance.now() + wait } });
+      if (!news) return;
+      say("Connection lost. Trying again.");
+      untilReady();
     },
     ended(code, why) {
       if (code === 4404) return start(why);
       store.set({ connection: { state: "ended", why } });
     },
   });
+}
+
+/** While the connection is lost, see how far a server is that is being started again. */
+async function untilReady() {
+  store.loading = null;
+  while (store.connection.state === "lost") {
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+    store.loading = await api.ready().catch(() => null);
+    if (store.loading?.phase !== "ready") continue;
+    store.loading = null;
+    return director.reconnect();
+  }
 }
 
 function leave() {
@@ -87,9 +103,9 @@ async function start(why = null) {
   if (state.error && !state.examples.length) setTimeout(() => store.document || start(), 2000); // no server yet
 }
 
-function onScreen(shot, fraction) {
+function onScreen(shot, takes, fraction) {
   placeHead(shot, fraction);
-  if (shot !== store.onScreen) store.set({ onScreen: shot });
+  if (shot !== store.onScreen || takes.join() !== store.seeing.join()) store.set({ onScreen: shot, seeing: takes });
 }
 
 // ---- what is said aloud: at most one message in a second, the last one wins
@@ -115,18 +131,37 @@ const inHand = () => player.feed.ahead;
 
 function header() {
   const { document: doc, settings } = store;
-  const themes = { auto: "as the system", light: "light", dark: "dark" };
   return [
-    h("h1", {}, h("span", { class: "mark", "aria-hidden": "true" }), h("span", { class: "story-title" }, doc?.title || (doc ? "Untitled" : "shotstream"))),
+    h("h1", {}, h("span", { class: "mark", "aria-hidden": "true" }), doc ? title(doc) : "shotstream"),
     doc && h("span", { key: "branch", class: "quiet on-branch" }, icon("branch"), doc.head),
     h("span", { class: "gap" }),
     doc && tool("undo", "undo", "Undo", { disabled: !doc.undo, "aria-keyshortcuts": "Z" }),
     doc && tool("redoEdit", "redo", "Redo edit", { disabled: !doc.redo, "aria-keyshortcuts": "Shift+Z" }),
     doc && button({ key: "stories", class: "bare labelled", onclick: () => act("stories") }, icon("story"), h("span", {}, "Stories")),
     doc && button({ key: "export", class: "bare labelled", onclick: () => act("export"), "aria-keyshortcuts": "X" }, icon("export"), h("span", {}, "Export")),
-    tool("theme", "theme", `Colours: ${themes[settings.theme]}`),
+    tool("theme", "theme", `Colours: ${settings.theme}`),
     doc && tool("help", "help", "Keyboard help", { "aria-keyshortcuts": "?" }),
   ];
+}
+
+/** The title; touched, a field to change it in. */
+function title(doc) {
+  if (store.editing?.title == null) return button({ key: "title", class: "bare story-title", title: "Rename the story", onclick: () => act("retitle") }, doc.title || "Untitled");
+  return h("input", {
+    id: "title",
+    class: "story-title",
+    maxlength: 200,
+    autocomplete: "off",
+    "aria-label": "Title of the story",
+    ref: (input) => (input.value = doc.title),
+    onfocus: ({ target }) => target.select(),
+    onblur: ({ target }) => act("titled", target.value.trim()),
+    onkeydown: ({ key, target, isComposing }) => {
+      if (isComposing || !["Enter", "Escape"].includes(key)) return;
+      if (key === "Escape") target.value = doc.title;
+      target.blur();
+    },
+  });
 }
 
 const tool = (action, picture, label, more = {}) =>
@@ -135,9 +170,7 @@ const tool = (action, picture, label, more = {}) =>
 function notice() {
   if (!store.notice) return [];
   const { text, tone } = store.notice;
-  return h(
-    "div",
-    { class: `notice ${tone}`, role: tone === "bad" ? "alert" : "status" },
+  return h("div", { class: `notice ${tone}`, role: tone === "bad" ? "alert" : "status" },
     h("p", {}, text),
     button({ class: "bare", "aria-label": "Dismiss", onclick: () => act("dismiss") }, icon("close")),
   );
@@ -173,25 +206,24 @@ function welcome() {
   return storiesView(state, store, begin);
 }
 
-function getReady({ phase, progress, eta_s: left }) {
-  return h(
-    "div",
-    { key: "loading", class: "getting-ready", role: "status" },
-    h("p", {}, "Getting the model ready: ", phase, left ? `, about ${seconds(left)} left` : ""),
-    h("progress", { max: 1, value: progress, "aria-label": "Getting the model ready" }),
+function getReady(loading) {
+  return h("div", { key: "loading", class: "getting-ready", role: "status" },
+    h("p", {}, "Getting the model ready: ", readying(loading)),
+    h("progress", { max: 1, value: loading.progress, "aria-label": "Getting the model ready" }),
   );
 }
 
 /** Ask for the memory of the shot that is looked at, whenever something it depends on has changed. */
 async function remember() {
-  const shot = store.current;
+  const shot = store.remembering;
   if (!shot || store.asking) return;
   const past = store.shots.slice(0, shot.number - 1).map(({ id, take, frames }) => [id, take, frames]);
   const key = JSON.stringify([store.document.head, shot.take, shot.pins, past]);
   if (store.memory[shot.id]?.key === key) return;
   store.asking = true;
-  const memory = await api.memory(store.document.id, shot.id).catch(() => ({ frames: [], forgotten: [] }));
+  const memory = await api.memory(store.document.id, shot.id).catch(() => null);
   store.asking = false;
+  if (!memory) return; // asked again with the next news
   store.memory[shot.id] = { ...memory, key };
   store.changed();
 }

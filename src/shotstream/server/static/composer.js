@@ -1,36 +1,25 @@
 /** Where the story is written: what holds for all shots, and what the next one shows. */
 
-import { button, h } from "./dom.js";
+import { button, failure, form, h } from "./dom.js";
 import { icon } from "./icons.js";
 import { counted, seconds, unknown } from "./words.js";
-
-const FRAMINGS = ["A wide shot of ", "A medium shot of ", "A close-up of "];
-const shortly = (framing) => framing.match(/wide|medium|close-up/)[0].replace(/^./, (first) => first.toUpperCase());
 
 /** When a shot that is added now would begin, as one says it. `ahead`: seconds of pictures not yet shown. */
 export function acts(store, ahead) {
   const number = store.shots.length + 1;
-  if (store.document.status === "paused") return `Becomes shot ${number}, made when you go on.`;
+  const held = { paused: "when you go on", loading: "as soon as the model is ready", failed: "when the server runs again" }[store.document.status];
+  if (held) return `Becomes shot ${number}, made ${held}.`;
   const wait = Math.max(store.wait, ahead) + store.pace;
   return `Acts as shot ${number}, in about ${seconds(wait)}.`;
 }
 
 export function composer(store, act, ahead) {
-  const next = store.draft("next") ?? { caption: "" };
-  const write = (changes) => store.write("next", { ...(store.draft("next") ?? { caption: "" }), ...changes });
+  const { next } = store;
+  const write = (changes) => store.write("next", { ...store.next, ...changes });
   const { document: doc } = store;
   return [
     globalCaption(store, act),
-    h(
-      "form",
-      {
-        class: "next",
-        key: "next",
-        onsubmit: (event) => {
-          event.preventDefault();
-          act("add");
-        },
-      },
+    form({ class: "next", key: "next", send: () => act("add") },
       caption(store, {
         id: "next-caption",
         label: store.shots.length ? "Next shot" : "First shot",
@@ -44,38 +33,39 @@ export function composer(store, act, ahead) {
         error: next.error,
       }),
       pins(store, next, act),
-      h(
-        "div",
-        { class: "row" },
-        h(
-          "div",
-          { class: "framings", role: "group", "aria-label": "Begin with" },
-          FRAMINGS.map((framing) => button({ key: framing, class: "small", onclick: () => act("frame", framing) }, shortly(framing))),
-          button({ key: "suggest", class: "small", onclick: () => act("suggest"), title: "A line in the words this model knows" }, "Suggest"),
-        ),
+      h("div", { class: "row" },
+        button({ class: "small", onclick: () => act("suggest"), title: "A line in the words this model knows" }, "Suggest"),
         h("span", { class: "gap" }),
         lengths(store, { id: "next-chunks", value: next.chunks, choose: (chunks) => write({ chunks }) }),
         seed({ id: "next-seed", value: next.seed, placeholder: "seed", write: (text) => write({ seed: text }) }),
+        steer(store, act),
         h("button", { type: "submit", class: "strong", disabled: !next.caption.trim(), "aria-keyshortcuts": "Enter" }, icon("plus"), "Add shot"),
       ),
     ),
   ];
 }
 
+/** Why the words in the field cannot go into the shot being made, if they cannot. */
+export function cannotSteer({ running, info, next }) {
+  if (!info.experimental) return "Steering is experimental: start the server with --experimental to try it.";
+  if (!running) return "No shot is being made that could be steered.";
+  const { chunk, chunks } = running.progress ?? { chunk: 0, chunks: running.chunks };
+  if (chunk >= chunks - 1) return `Shot ${running.number} is at its last part: it cannot be steered any more.`;
+  return next.caption.trim() ? null : `Write how shot ${running.number} should go on.`;
+}
+
+/** Where one would look for it, it says why it cannot be used. */
+function steer(store, act) {
+  const why = cannotSteer(store);
+  const title = why ?? `Experimental: shot ${store.running.number} goes on with these words`;
+  return button({ key: "steer", class: "bare", "aria-disabled": Boolean(why), title, onclick: () => act("steer") }, "Steer");
+}
+
 function globalCaption(store, act) {
   const draft = store.draft("global");
   const { global_caption: told } = store.document;
   const differs = draft != null && draft.trim() !== told;
-  return h(
-    "form",
-    {
-      class: "global",
-      key: "global",
-      onsubmit: (event) => {
-        event.preventDefault();
-        act("sendGlobal");
-      },
-    },
+  return form({ class: "global", key: "global", send: () => act("sendGlobal") },
     caption(store, {
       id: "global-caption",
       label: "The whole story",
@@ -87,9 +77,7 @@ function globalCaption(store, act) {
       error: store.drafts.globalError,
     }),
     differs &&
-      h(
-        "div",
-        { key: "send", class: "row" },
+      h("div", { key: "send", class: "row" },
         h("button", { type: "submit", class: "strong small" }, "Use from the next shot on"),
         button({ class: "small", onclick: () => act("cancelGlobal") }, "Cancel"),
       ),
@@ -98,15 +86,11 @@ function globalCaption(store, act) {
 
 function pins(store, next, act) {
   if (!next.pins?.length) return null;
-  return h(
-    "ul",
-    { key: "pins", class: "pins", "aria-label": "Frames it will remember" },
+  return h("ul", { key: "pins", class: "pins", "aria-label": "Frames it will remember" },
     next.pins.map((pin) => {
       const [shot, frame] = pin.split("@");
       const name = `shot ${store.number(shot)}, frame ${Number(frame) + 1}`;
-      return h(
-        "li",
-        { key: pin },
+      return h("li", { key: pin },
         icon("pin"),
         h("span", {}, `Remembers ${name}`),
         button({ class: "bare", "aria-label": `Do not remember ${name}`, onclick: () => act("dropPin", pin) }, icon("close")),
@@ -121,9 +105,7 @@ export function lengths(store, { id, value, choose }) {
   const most = Math.max(chunks * 2, 4, value ?? 0);
   const long = (n) => seconds((frames[0] + (n - 1) * frames.at(-1)) / fps);
   const options = Array.from({ length: most }, (_, i) => i + 1);
-  return h(
-    "select",
-    { id, value: String(value ?? chunks), "aria-label": "Length of the shot", title: "Length of the shot", onchange: ({ target }) => choose(Number(target.value)) },
+  return h("select", { id, value: String(value ?? chunks), "aria-label": "Length of the shot", title: "Length of the shot", onchange: ({ target }) => choose(Number(target.value)) },
     options.map((n) => h("option", { key: n, value: String(n) }, long(n))),
   );
 }
@@ -156,13 +138,9 @@ export function caption(store, { id, label, aside, value, placeholder, model, pr
     names.length && `This model does not know ${list(names)}, and passes over ${names.length > 1 ? "them" : "it"}.`,
     tooLong && `Only the first ${model.limit} words it knows are read; these are ${count}, with those of the whole story.`,
   ].filter(Boolean);
-  return h(
-    "div",
-    { class: "words" },
+  return h("div", { class: "words" },
     h("div", { class: "label" }, h("label", { for: id }, label), aside),
-    h(
-      "div",
-      { class: "field-box" },
+    h("div", { class: "field-box" },
       h("div", { class: "echo", "aria-hidden": "true" }, echo(value, strange), "\u200b"),
       h("textarea", {
         id,
@@ -181,10 +159,8 @@ export function caption(store, { id, label, aside, value, placeholder, model, pr
         },
       }),
     ),
-    h(
-      "div",
-      { id: `${id}-notes`, class: "notes" },
-      error && h("p", { key: "error", class: "error", role: "alert" }, error),
+    h("div", { id: `${id}-notes`, class: "notes" },
+      failure(error),
       notes.map((note, i) => h("p", { key: i, class: "note warn" }, note)),
     ),
   );
@@ -212,16 +188,13 @@ const TEMPLATES = {
 
 /** A line in the model's own words: somebody the story already knows if it can, somewhere the last shot was not. */
 export function suggestion(store) {
-  const last = store.shots.at(-1)?.caption ?? "";
-  const known = (text) => !unknown(text, store.document.model).length;
+  const told = store.shots.map((shot) => shot.caption.toLowerCase());
   const pick = (options) => {
-    const fresh = options.filter((option) => known(option) && !last.includes(option));
+    const fresh = options.filter((option) => !unknown(option, store.document.model).length && !told.at(-1)?.includes(option));
     return fresh[Math.floor(Math.random() * fresh.length)] ?? options[0];
   };
-  const cast = TEMPLATES.who.map((who) => who.split(" ")[2]);
-  const told = store.shots.map((shot) => shot.caption).join(" ").toLowerCase();
-  const met = cast.filter((name) => told.includes(name)).map((name) => `the ${name}`);
-  const who = met.length ? met[Math.floor(Math.random() * met.length)] : pick(TEMPLATES.who);
-  const [framing, doing, place, time] = ["framing", "doing", "place", "time"].map((part) => pick(TEMPLATES[part]));
+  const met = TEMPLATES.who.map((who) => who.split(" ")[2]).filter((name) => told.join(" ").includes(name));
+  const who = met.length ? `the ${met[Math.floor(Math.random() * met.length)]}` : pick(TEMPLATES.who);
+  const [framing, doing, place, time] = [TEMPLATES.framing, TEMPLATES.doing, TEMPLATES.place, TEMPLATES.time].map(pick);
   return `${framing} of ${who} ${doing} ${place} ${time}.`;
 }

@@ -1,16 +1,16 @@
 /** Dialogs: stories to begin with, export, keyboard help, the history of speed. */
 
 import { Refused, api, exportFile } from "./api.js";
-import { button, h, render } from "./dom.js";
+import { button, failure, form, h, render } from "./dom.js";
 import { icon } from "./icons.js";
 import { KEYS, TOLD, keyName } from "./keys.js";
 import { percent, plural, seconds } from "./words.js";
 
 const FORMATS = [
-  ["mp4", "MP4 video", "Chapters per shot; plays everywhere"],
-  ["webm", "WebM video", "Chapters per shot; for the web"],
+  ["mp4", "MP4 video", "Chapters; plays everywhere"],
+  ["webm", "WebM video", "Chapters; for the web"],
   ["gif", "GIF", "Loops in a chat; no chapters"],
-  ["png", "Contact sheet", "Every shot at a glance, as PNG"],
+  ["png", "Contact sheet", "Every shot at a glance"],
   ["yaml", "Story", "The words, to make it again"],
   ["zip", "Whole project", "Takes, branches, story"],
 ];
@@ -40,9 +40,7 @@ export class Dialogs {
   draw() {
     if (!this.#view) return;
     const { title, view } = this.#view;
-    const head = h(
-      "header",
-      {},
+    const head = h("header", {},
       h("h2", { id: "dialog-title" }, title),
       button({ class: "bare", "aria-label": "Close", onclick: () => this.close() }, icon("close")),
     );
@@ -68,14 +66,10 @@ export class Dialogs {
     return [
       h("p", { class: "quiet" }, made ? `${plural(made, "shot")} of ${this.store.document.head} ${made > 1 ? "are" : "is"} made.` : "No shot is made yet."),
       h("div", { class: "row" }, number("from", "From shot"), number("to", "to shot"), h("label", { class: "check" }, h("input", { type: "checkbox", checked: form.chapters, onchange: ({ target }) => change({ chapters: target.checked }) }), "Chapters")),
-      h(
-        "ul",
-        { class: "choices" },
-        FORMATS.map(([format, name, says]) =>
-          h("li", { key: format }, button({ disabled: !made && format !== "yaml", onclick: () => this.#export(format, name, form) }, h("b", {}, name), h("span", {}, says))),
-        ),
+      h("ul", { class: "choices" },
+        FORMATS.map(([format, name, says]) => choice(name, says, { disabled: !made && format !== "yaml", onclick: () => this.#export(format, name, form) })),
       ),
-      form.error && h("p", { key: "error", class: "error", role: "alert" }, form.error),
+      failure(form.error),
       h("ul", { class: "jobs", "aria-label": "Exports" }, [...this.#begun].reverse().map(([job, what]) => this.#job(job, what))),
     ];
   }
@@ -110,9 +104,7 @@ export class Dialogs {
       link.remove();
     }
     const left = job.eta_s > 0.5 ? `, ${seconds(job.eta_s)} left` : "";
-    return h(
-      "li",
-      { key: id },
+    return h("li", { key: id },
       h("span", {}, what.name),
       done
         ? h("a", { key: "link", href: address, download: "" }, icon("export"), "Download")
@@ -142,9 +134,7 @@ export class Dialogs {
       const all = [...KEYS.map(([key, , says, group]) => [keyName(key), says, group]), ...TOLD];
       const groups = [...new Set(all.map(([, , group]) => group))];
       return [
-        h(
-          "div",
-          { class: "keys" },
+        h("div", { class: "keys" },
           groups.map((group) =>
             h("section", { key: group }, h("h3", {}, group), h("dl", {}, all.filter(([, , other]) => other === group).map(([keys, says]) => h("div", { key: keys }, h("dt", {}, keys.split(" ").map((key, i) => h("kbd", { key: i }, key))), h("dd", {}, says))))),
           ),
@@ -160,16 +150,15 @@ export class Dialogs {
     this.#open("Speed", () => {
       const { chunks, latencies } = this.store.stats;
       const { fps } = this.store.document.model;
-      const total = (name) => chunks.map((chunk) => chunk[name]);
       return [
         plot("Prompt to pixel", latencies.map(({ seconds }) => seconds), "s", "From sending words to their first picture here, the queue included."),
         plot("Frames made per second", chunks.map(({ frames, seconds }) => frames / seconds), "fps", `The film plays at ${fps}.`),
-        plot("A chunk's computing", total("compute_ms"), "ms", "Denoising only."),
-        plot("Its decoding and encoding", chunks.map((chunk) => chunk.decode_ms + chunk.encode_ms), "ms", "From latents to video."),
       ];
     });
   }
 }
+
+const choice = (name, says, props) => h("li", {}, button(props, h("b", {}, name), h("span", {}, says)));
 
 function plot(name, values, unit, says) {
   const last = values.at(-1);
@@ -178,9 +167,7 @@ function plot(name, values, unit, says) {
   const points = values.map((value, i) => `${(i * step).toFixed(1)},${(58 - (value / top) * 52).toFixed(1)}`).join(" ");
   const sorted = [...values].sort((a, b) => a - b);
   const show = (value) => `${value < 10 ? value.toFixed(2) : Math.round(value)} ${unit}`;
-  return h(
-    "figure",
-    { key: name, class: "plot" },
+  return h("figure", { key: name, class: "plot" },
     h("figcaption", {}, h("b", {}, name), h("span", {}, values.length ? `now ${show(last)}, median ${show(sorted[sorted.length >> 1])}` : "nothing measured yet")),
     values.length > 1 && h("svg", { key: "plot", viewBox: "0 0 300 60", preserveAspectRatio: "none", role: "img", "aria-label": `${name}: the last ${values.length}` }, h("polyline", { points })),
     h("p", { class: "quiet" }, says),
@@ -217,47 +204,29 @@ export function storiesView(state, store, begin) {
     await read();
   };
   const others = state.sessions.filter(({ id }) => id !== store.document?.id);
-  return h(
-    "div",
-    { class: "stories" },
-    state.error && h("p", { key: "error", class: "error", role: "alert" }, state.error),
-    h(
-      "section",
-      { key: "begin" },
+  return h("div", { class: "stories" },
+    failure(state.error),
+    h("section", { key: "begin" },
       h("h3", {}, "Begin"),
-      h(
-        "form",
-        {
-          class: "row",
-          onsubmit: (event) => {
-            event.preventDefault();
-            open({ title: event.target.elements.title.value.trim() || "Untitled" });
-          },
-        },
+      form({ class: "row", send: ({ target }) => open({ title: target.elements.title.value.trim() || "Untitled" }) },
         h("input", { name: "title", class: "wide-field", maxlength: 200, autocomplete: "off", placeholder: "Title of a new story", "aria-label": "Title of a new story" }),
         h("button", { type: "submit", class: "strong" }, "Begin empty"),
       ),
-      h(
-        "ul",
-        { class: "choices" },
-        state.examples.map(({ name, title, yaml }) => h("li", { key: name }, button({ onclick: () => open({ story: yaml, title }) }, h("b", {}, title), h("span", {}, about(yaml))))),
+      h("ul", { class: "choices" },
+        state.examples.map(({ title, yaml }) => choice(title, about(yaml), { onclick: () => open({ story: yaml, title }) })),
       ),
     ),
     others.length > 0 &&
-      h(
-        "section",
-        { key: "open" },
+      h("section", { key: "open" },
         h("h3", {}, "Go on with"),
-        h("ul", { class: "choices" }, others.map(({ id, title, shots, changed }) => h("li", { key: id }, button({ onclick: () => open({ id }) }, h("b", {}, title || "Untitled"), h("span", {}, `${plural(shots, "shot")}, ${when(changed)}`))))),
+        h("ul", { class: "choices" }, others.map(({ id, title, shots, changed }) => choice(title || "Untitled", `${plural(shots, "shot")}, ${when(changed)}`, { onclick: () => open({ id }) }))),
       ),
-    h(
-      "section",
-      { key: "import" },
+    h("section", { key: "import" },
       h("h3", {}, "From elsewhere"),
       h("p", { class: "quiet" }, "A story file (YAML, or JSON as the ShotStream release has it), or plain text: a paragraph per shot."),
       h("textarea", { id: "import-text", rows: 5, "aria-label": "Story text", placeholder: "A green bear walks in the forest.\n\nA close-up of the bear at night.", value: state.text, oninput: ({ target }) => Object.assign(state, { text: target.value, found: null, unread: null }) && store.changed() }),
       h("div", { class: "row" }, button({ disabled: !state.text.trim(), onclick: read }, "Read it"), h("label", { class: "file" }, "or choose a file", h("input", { type: "file", accept: ".yaml,.yml,.json,.jsonl,.csv,.txt,text/*", onchange: file }))),
-      state.unread && h("p", { key: "unread", class: "error", role: "alert" }, state.unread),
+      failure(state.unread),
       state.found && found(state.found, open),
     ),
   );
@@ -265,9 +234,7 @@ export function storiesView(state, store, begin) {
 
 function found({ story, yaml, warnings }, open) {
   const { shots } = story;
-  return h(
-    "div",
-    { key: "found", class: "found" },
+  return h("div", { key: "found", class: "found" },
     h("p", {}, h("b", {}, story.title || "Untitled"), `, ${plural(shots.length, "shot")}`),
     h("ol", {}, shots.slice(0, 6).map(({ caption }, i) => h("li", { key: i, class: "caption" }, caption))),
     shots.length > 6 && h("p", { key: "more", class: "quiet" }, `and ${shots.length - 6} more`),

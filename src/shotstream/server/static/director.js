@@ -1,8 +1,7 @@
 /** What a director can do, by name: buttons, keys and menus all end here. */
 
 import { Refused, api } from "./api.js";
-import { suggestion } from "./composer.js";
-import { asStory } from "./inspector.js";
+import { cannotSteer, suggestion } from "./composer.js";
 import { pinTarget } from "./memory-strip.js";
 import { isPlanned } from "./timeline.js";
 
@@ -66,15 +65,15 @@ export class Director {
   }
 
   async add() {
-    const draft = this.store.draft("next");
-    const words = draft?.caption.trim();
+    const draft = this.store.next;
+    const words = draft.caption.trim();
     if (!words) return this.new();
-    const fields = { caption: words, ...(draft.chunks && { chunks: draft.chunks }), ...(draft.seed && { seed: Number(draft.seed) }) };
+    const fields = { caption: words, ...(draft.chunks && { chunks: draft.chunks }), ...(draft.seed && { seed: Number(draft.seed) }), ...(draft.pins?.length && { pins: draft.pins }) };
     // The words leave the field at once and come back if the server does not take them.
     this.store.write("next", null);
-    const refused = draft.pins?.length ? await this.addWithPins(fields, draft.pins) : await this.send("cut", fields, { tell: false });
+    const refused = await this.send("cut", fields, { tell: false });
     if (refused) {
-      const typed = this.store.draft("next")?.caption;
+      const typed = this.store.next.caption;
       this.store.write("next", { ...draft, caption: typed ? `${draft.caption} ${typed}` : draft.caption, error: refused });
     } else {
       this.store.set({ selected: null }); // the page follows the picture again
@@ -82,31 +81,20 @@ export class Director {
     }
   }
 
-  /** A shot that remembers chosen frames: it must not begin before they are pinned. */
-  async addWithPins(fields, pins) {
-    const playing = this.store.document.status !== "paused";
-    if (playing) await this.send("pause");
-    let refused = await this.send("cut", fields, { tell: false });
-    if (!refused) {
-      await this.refresh();
-      const shot = this.store.shots.at(-1).id;
-      for (const frame of pins) refused = (await this.send("pin", { shot, frame })) ?? refused;
-      if (refused) this.tell(`The shot was added, but not every frame could be pinned. ${refused}`, "bad");
-      refused = null;
-    }
-    if (playing) await this.send("play");
-    return refused;
-  }
-
-  frame(framing) {
-    const draft = this.store.draft("next") ?? { caption: "" };
-    const rest = draft.caption.replace(/^an? (wide|medium|close)([- ](shot|up|view))?( of |: ?)?/i, "");
-    this.store.write("next", { ...draft, caption: framing + rest });
-    focus("next-caption");
+  /** Experimental: the shot being made goes on with the words in the field, from its next part on. */
+  async steer() {
+    const why = cannotSteer(this.store);
+    if (why) return this.tell(why);
+    const draft = this.store.next;
+    const { number } = this.store.running;
+    if (await this.send("steer", { caption: draft.caption.trim() })) return;
+    this.store.write("next", null);
+    this.tell(`Shot ${number} goes on with these words.`);
+    this.player.goLive();
   }
 
   suggest() {
-    this.store.write("next", { ...this.store.draft("next"), caption: suggestion(this.store) });
+    this.store.write("next", { ...this.store.next, caption: suggestion(this.store) });
     focus("next-caption");
   }
 
@@ -260,13 +248,13 @@ export class Director {
       if (!(await this.pin(target.id, frame))) this.tell(`${name} is pinned to shot ${target.number}.`);
       return;
     }
-    const draft = this.store.draft("next") ?? { caption: "" };
+    const draft = this.store.next;
     this.store.write("next", { ...draft, pins: [...new Set([...(draft.pins ?? []), frame])] });
     this.tell(`${name} will be remembered by the next shot.`);
   }
 
   dropPin(pin) {
-    const draft = this.store.draft("next");
+    const draft = this.store.next;
     this.store.write("next", { ...draft, pins: draft.pins.filter((other) => other !== pin) });
   }
 
@@ -285,6 +273,18 @@ export class Director {
     for (let n = 2; taken.includes(suggestion); n++) suggestion = `what-if-${n}`;
     this.store.set({ editing: { branch: null, shot: shot?.id, suggestion } });
     focus("branch-name");
+  }
+
+  retitle() {
+    this.store.set({ editing: { title: this.store.document.title } });
+    focus("title");
+  }
+
+  async titled(title) {
+    const { editing, document } = this.store;
+    if (editing?.title == null) return;
+    this.store.set({ editing: null });
+    if (title && title !== document.title) await this.send("set_title", { title });
   }
 
   rename(name) {
@@ -344,16 +344,20 @@ export class Director {
     if (this.player.feed.ahead > 1) this.player.feed.catchUp();
   }
 
-  compare() {
-    if (this.player.mode === "compare") return this.player.endCompare();
+  /** These two takes; or the one on the screen beside the story's in its place; or the last two of the shot. */
+  compare(left, right) {
+    const { player, store } = this;
+    if (left) return player.compare(left, right);
+    if (player.mode === "compare") return player.endCompare();
+    const seen = store.take(player.frame?.take);
+    const told = seen && store.shots[seen.number]?.take;
+    if (told && told !== seen.id) return player.compare(told, seen.id);
     const shot = this.current;
-    const takes = shot ? this.store.takes(shot.id) : [];
+    const takes = shot ? store.takes(shot.id).map(({ id }) => id) : [];
     if (takes.length < 2) return this.tell("Comparing needs a shot with two takes. Redo one, then compare.");
-    this.store.set({ selected: shot.id });
-    const used = takes.findIndex(({ id }) => id === shot.take);
-    const left = takes[used > 0 ? used - 1 : takes.length - 2];
-    const right = takes[used > 0 ? used : takes.length - 1];
-    return this.player.compare(shot.id, left.id, right.id);
+    store.set({ selected: shot.id });
+    const used = takes.indexOf(shot.take);
+    return used > 0 ? player.compare(takes[used - 1], takes[used]) : player.compare(...takes.slice(-2));
   }
 
   // ---- elsewhere
@@ -372,16 +376,6 @@ export class Director {
     if (document.activeElement?.matches("input, textarea, select")) return document.activeElement.blur();
     this.store.set({ editing: null, notice: null });
   }
-
-  copy(text, what) {
-    copyText(text);
-    this.tell(`The ${what} is copied.`);
-  }
-
-  copyStory() {
-    const shot = this.current;
-    this.copy(asStory(shot, this.store.take(shot.take)), "story text");
-  }
 }
 
 /** Focus an element after the views have been drawn; or the one that `fallback` selects. */
@@ -392,17 +386,4 @@ function focus(id, fallback) {
       (element?.role === "option" ? element.closest("[role=listbox]") : element)?.focus();
     }),
   );
-}
-
-/** On a plain http address the clipboard has no other door. */
-function copyText(text) {
-  const field = document.createElement("textarea");
-  field.value = text;
-  field.className = "off-screen";
-  const before = document.activeElement;
-  document.body.append(field);
-  field.select();
-  document.execCommand("copy");
-  field.remove();
-  before?.focus();
 }

@@ -6,8 +6,6 @@
 const SVG = "http://www.w3.org/2000/svg";
 const PROPERTIES = new Set(["value", "checked", "disabled", "hidden", "selected", "open", "muted", "tabIndex"]);
 
-/** @typedef {{tag: string, props: object, children: Node[], key: string?}} Node */
-
 /**
  * A node. Props are attributes (null, undefined and false leave them out), except
  * `key` (identity among siblings), `on…` (listeners), `style` (custom properties), and `ref` (called with a new element).
@@ -19,6 +17,13 @@ export function h(tag, props, ...children) {
 
 /** A button that submits nothing. */
 export const button = (props, ...children) => h("button", { type: "button", ...props }, ...children);
+
+/** What went wrong, if anything did. */
+export const failure = (text) => text && h("p", { key: "error", class: "error", role: "alert" }, text);
+
+/** A form that sends nothing by itself: `send(event)` does. */
+export const form = ({ send, ...props }, ...children) =>
+  h("form", { ...props, onsubmit: (event) => (event.preventDefault(), send(event)) }, ...children);
 
 /** Make the children of `root` like `nodes`. */
 export function render(root, ...nodes) {

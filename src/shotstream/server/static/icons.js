@@ -17,10 +17,10 @@ const PATHS = {
   redo: "M16 5l4 4-4 4M20 9H10a5.5 5.5 0 0 0 0 11h3",
   export: "M12 4v11M7.5 10.5L12 15l4.5-4.5M5 19.5h14",
   story: "M5 4.5h9.5L19 9v10.5H5zM14 4.5V9.5h5M8.5 13h7M8.5 16h5",
-  help: "M9 9.5a3 3 0 1 1 4.2 2.700c-.8.4-1.2 1-1.2 1.800M12 17.5v.1",
-  theme: "M12 4a8 8 0 1 0 .01 0z",
+  help: "M9 9.5a3 3 0 1 1 4.2 2.7c-.8.4-1.2 1-1.2 1.8M12 17.5v.1",
+  theme: "M12 4a8 8 0 1 0 .01 0zM12 4v16M15 6v12M18 8v8",
   edit: "M5 19l1-4L16.5 4.5l3 3L9 18z",
-  again: "M19.5 12a7.5 7.5 0 1 1-2.5-5.600M19.5 4v4.5H15",
+  again: "M19.5 12a7.5 7.5 0 1 1-2.5-5.6M19.5 4v4.5H15",
   branch: "M7 4v10M7 14a2.5 2.5 0 1 0 .1 0M17 9a2.5 2.5 0 1 0-.1 0M17 9c0 4-6 3-8.5 5.5",
   bin: "M5 7h14M10 7V4.5h4V7M7 7l1 12.5h8L17 7",
   plus: "M12 5v14M5 12h14",
@@ -31,9 +31,6 @@ const PATHS = {
   right: "M5 12h14M14 7l5 5-5 5",
 };
 
-const FILLED = { theme: "M12 4a8 8 0 0 1 0 16z" };
-
 export function icon(name) {
-  const drawing = [h("path", { d: PATHS[name] }), FILLED[name] && h("path", { class: "filled", d: FILLED[name] })];
-  return h("svg", { class: `icon icon-${name}`, viewBox: "0 0 24 24", "aria-hidden": "true", focusable: "false" }, drawing);
+  return h("svg", { class: `icon icon-${name}`, viewBox: "0 0 24 24", "aria-hidden": "true" }, h("path", { d: PATHS[name] }));
 }

@@ -35,13 +35,13 @@ export class LiveFeed {
 
   /** @param on.marker(Marker) when a shot begins to arrive; on.changed() when something to show changed */
   constructor(video, img, on) {
-    Object.assign(this, { video, img, on, markers: [], paused: false, ended: null, chunk: 1 });
+    Object.assign(this, { video, img, on, markers: [], paused: false, fed: 0, chunk: 1 });
     this.timer = setInterval(() => this.#steer(), 100);
   }
 
   open(session, chunkSeconds) {
     this.close();
-    Object.assign(this, { session, chunk: chunkSeconds, ended: null });
+    Object.assign(this, { session, chunk: chunkSeconds });
     this.#connect();
   }
 
@@ -171,6 +171,7 @@ export class LiveFeed {
       this.#fresh = false;
       this.#attach();
     }
+    this.fed = performance.now();
     if (this.#init) this.#queue.push(this.#init);
     this.#init = null;
     this.#queue.push(data);

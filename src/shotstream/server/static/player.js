@@ -7,7 +7,9 @@ import { takeVideo } from "./api.js";
 import { button, h, render } from "./dom.js";
 import { icon } from "./icons.js";
 import { LiveFeed } from "./live.js";
-import { clock, percent, plural, seconds } from "./words.js";
+import { clock, percent, plural, readying, seconds, sentence } from "./words.js";
+
+const gettingReady = (loading) => ({ what: "Getting the model ready", more: readying(loading), share: loading.progress });
 
 export class Player {
   mode = "replay"; // "live" | "replay" | "compare"
@@ -20,7 +22,7 @@ export class Player {
   #aim = null; // the frame asked for, until it is on the screen
   #now = { shot: null, take: null, frame: 0 };
 
-  /** @param {Store} store  @param on.position(shot, fraction)  @param on.act(action name) */
+  /** @param on.position(shot, takes on the screen, fraction)  @param on.act(action name, ...) */
   constructor(store, on) {
     Object.assign(this, { store, on, root: document.getElementById("player") });
     const find = (selector) => this.root.querySelector(selector);
@@ -160,12 +162,12 @@ export class Player {
   }
 
   /** Two takes side by side, in step. */
-  async compare(shot, left, right) {
+  async compare(...takes) {
     this.mode = "compare";
     this.followsLive = false;
-    this.#compared = { shot, takes: [left, right] };
+    this.#compared = takes;
     const views = this.#views;
-    await Promise.all(views.map((view, i) => this.#load(view, this.#compared.takes[i])));
+    await Promise.all(views.map((view, i) => this.#load(view, takes[i])));
     for (const { video } of views) video.currentTime = 0;
     this.#playBoth(true);
   }
@@ -173,9 +175,10 @@ export class Player {
   endCompare() {
     if (this.mode !== "compare") return;
     for (const { video } of this.#views) video.pause();
-    const { shot } = this.#compared;
     this.mode = "replay";
-    this.cue(shot, { play: false });
+    const takes = this.#compared.map((id) => this.store.take(id));
+    const { shot, id } = takes.find((take) => this.store.shot(take.shot)?.take === take.id) ?? takes[0];
+    this.cue(shot, { take: id, play: false });
     this.paint();
   }
 
@@ -259,7 +262,8 @@ export class Player {
 
   #following() {
     const { segments } = this;
-    return segments[segments.findIndex(({ shot }) => shot === this.#now.shot) + 1] ?? null;
+    const at = segments.findIndex(({ shot }) => shot === this.#now.shot);
+    return at < 0 ? null : (segments[at + 1] ?? null); // a take of another branch leads nowhere
   }
 
   #atEnd(video) {
@@ -271,7 +275,7 @@ export class Player {
   #advance(fromEnd = false) {
     if (this.mode !== "replay") return;
     const next = this.#following();
-    if (this.looping) this.#show(this.#now, 0, true);
+    if (this.looping || (fromEnd && !this.store.shot(this.#now.shot))) this.#show(this.#now, 0, true);
     else if (next) this.#show(next, 0, true);
     else if (fromEnd && this.segments.length) this.#show(this.segments[0], 0, true);
     else if (this.store.running) this.goLive();
@@ -305,10 +309,6 @@ export class Player {
 
   /** Call `seen` with the media time of every frame that reaches the screen. */
   #watch(video, seen) {
-    if (!video.requestVideoFrameCallback) {
-      video.ontimeupdate = () => seen(video.currentTime);
-      return;
-    }
     const next = (_, { mediaTime }) => {
       seen(mediaTime);
       video.requestVideoFrameCallback(next);
@@ -329,30 +329,21 @@ export class Player {
     if (!marker.seen) {
       marker.seen = true;
       this.store.seen(marker.shot);
-      this.#keepPicture(marker);
     }
     if (this.mode !== "live") return;
     this.#now = { shot: marker.shot, take: marker.take, frame: this.#frameAt(time - marker.t0) };
     this.paint();
   }
 
-  /** A small picture of a shot that has no thumbnail yet. */
-  #keepPicture({ shot }) {
-    const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [240, Math.round((240 * this.live.videoHeight) / this.live.videoWidth) || 160];
-    canvas.getContext("2d").drawImage(this.live, 0, 0, canvas.width, canvas.height);
-    this.store.pictures[shot] = canvas.toDataURL("image/jpeg", 0.8);
-    this.store.changed();
-  }
-
   /** Is there nothing more to come in the live picture? */
   get #idle() {
-    return !this.store.running && !this.store.waiting.length && this.#atEdge;
+    const { running, waiting } = this.store;
+    return !running && !waiting.length && this.#atEdge && performance.now() > this.feed.fed + 600;
   }
 
   /** Has everything that came been shown? Browsers stop up to two frames before the end of a stream. */
   get #atEdge() {
-    return this.feed.stalled || this.feed.ahead < 1.6 / this.fps;
+    return this.feed.ahead < (this.feed.stalled ? 3 : 1.6) / this.fps;
   }
 
   // ---- two takes
@@ -426,43 +417,44 @@ export class Player {
       cuts.map(({ shot, start }) => h("i", { key: shot, style: { "--at": start / total } })),
     );
     render(this.parts.clock, `${clock(Math.min(time, total))} / ${clock(total)}`);
-    this.on.position(this.#now.shot, segment ? inShot / segment.seconds : 0);
+    this.on.position(this.#now.shot, this.mode === "compare" ? this.#compared : [this.#now.take], segment ? inShot / segment.seconds : 0);
   }
 
   #paintWords() {
     const { shot, take, frame } = this.#now;
     render(this.parts.slate, this.mode === "compare" ? [] : this.#slate(shot, take, frame));
     render(this.parts.word, this.#word());
-    const compared = this.mode === "compare" ? this.#compared : null;
-    this.parts.labels.forEach((label, side) => render(label, compared ? this.#side(side) : []));
+    this.parts.labels.forEach((label, side) => render(label, this.mode === "compare" ? this.#side(side) : []));
   }
 
   #slate(shot, take, frame) {
     if (!shot) return [];
-    const takes = this.store.takes(shot).map(({ id }) => id);
-    const which = takes.length > 1 && takes.includes(take) ? `take ${takes.indexOf(take) + 1} of ${takes.length}` : null;
-    const frames = this.store.take(take)?.frames;
+    const made = this.store.take(take);
+    const which = made && this.store.takes(shot).length > 1 ? this.store.which(take) : null;
     const live = this.mode === "live" && !this.#idle;
     return [
-      h("strong", {}, `Shot ${this.store.number(shot)}`),
+      h("strong", {}, `Shot ${made ? made.number + 1 : this.store.number(shot)}`),
       which && h("span", { key: "take" }, which),
-      h("span", { key: "frame", class: "frame" }, `frame ${frame + 1}${frames ? ` of ${frames}` : ""}`),
+      h("span", { key: "frame", class: "frame" }, `frame ${frame + 1}${made ? ` of ${made.frames}` : ""}`),
       live && h("span", { key: "live", class: "on-air" }, "Live"),
     ];
   }
 
-  /** The chooser above one of two compared takes. */
+  /** The chooser above one of two compared takes, and a way to put that one into the story. */
   #side(side) {
-    const { shot, takes } = this.#compared;
-    const all = this.store.takes(shot);
-    const choose = ({ target }) => {
-      const chosen = takes.with(side, target.value);
-      this.compare(shot, ...chosen);
-    };
-    const options = all.map(({ id, seed, caption }, i) =>
-      h("option", { key: id, value: id }, `Take ${i + 1}, seed ${seed}: ${caption}`),
+    const { store } = this;
+    const takes = this.#compared;
+    const { id, shot, partial } = store.take(takes[side]);
+    const shots = new Set(takes.map((take) => store.take(take).shot));
+    const options = [...shots].flatMap((shot) => store.takes(shot)).map(({ id, number, seed, caption }) =>
+      h("option", { key: id, value: id }, `Shot ${number + 1}, ${store.which(id)}, seed ${seed}: ${caption}`),
     );
-    return h("select", { value: takes[side], onchange: choose, "aria-label": side ? "Right take" : "Left take" }, options);
+    const choose = ({ target }) => this.compare(...takes.with(side, target.value));
+    const place = store.shot(shot);
+    return [
+      h("select", { value: id, onchange: choose, "aria-label": side ? "Right take" : "Left take" }, options),
+      place && (place.take === id ? h("span", { key: "used" }, icon("check"), "used") : button({ key: "use", disabled: partial, onclick: () => this.on.act("useTake", id) }, "Use")),
+    ];
   }
 
   /** Why the picture stands still, if it does: what, more, progress 0 to 1, and a way out. */
@@ -471,37 +463,39 @@ export class Player {
     const { connection, document: doc, loading } = store;
     if (connection.state === "ended") return { what: "Not connected", more: connection.why, block: true };
     if (connection.state === "lost") {
+      if (loading) return gettingReady(loading);
       const wait = Math.max(0, Math.ceil((connection.until - performance.now()) / 1000));
       const more = `Trying again ${wait ? `in ${wait} s` : "now"}. What you typed is kept.`;
       return { what: "Connection lost", more, act: "reconnect", label: "Try now" };
     }
-    if (doc.status === "loading") {
-      const left = loading?.eta_s ? `, about ${seconds(loading.eta_s)} left` : "";
-      return { what: `Getting the ${doc.model.name} model ready`, more: `${loading?.phase ?? "loading"}${left}`, share: loading?.progress };
-    }
-    if (doc.status === "failed") return { what: "Generation has stopped", more: doc.message, act: "play", label: "Try again" };
+    if (doc.status === "loading") return gettingReady(loading ?? { phase: "loading" });
+    if (doc.status === "failed") return { what: "Nothing can be made", more: `${sentence(doc.message)} Start the server again: what is made is kept.` };
     if (!store.shots.length) return { what: "An empty story", more: "Write its first shot.", act: "new", label: "Write", block: true };
     if (this.mode === "live") return this.#whyLive();
     if (this.mode === "replay" && this.#front.failed) return { what: "This take cannot be played", more: "Its file may be gone. Make it again with Redo." };
     if (this.#aim && !this.#now.shot) return { what: "Loading the take" };
-    return null;
+    return this.playing || this.mode === "compare" ? null : { what: "Paused", quiet: true };
   }
 
   #whyLive() {
     const { store, feed } = this;
     const { running, waiting } = store;
     if (feed.paused) return { what: "Paused", more: feed.ahead > 0.2 ? `${seconds(feed.ahead)} behind live` : "", act: "toggle", label: "Go on" };
-    if (!this.#atEdge && !this.live.paused) return null;
+    if (!this.#atEdge && !this.live.paused) return feed.stalled ? { what: "Waiting for the picture" } : null;
+    const paused = store.document.status === "paused";
     if (running) {
       const { chunk, chunks } = running.progress ?? { chunk: 0, chunks: running.chunks };
+      if (paused) return { what: `Shot ${running.number} is on hold`, more: `after part ${chunk} of ${chunks}`, act: "play", label: "Go on" };
       return { what: `Making shot ${running.number}`, more: `part ${Math.min(chunk + 1, chunks)} of ${chunks}`, share: chunk / chunks };
     }
-    if (store.document.status === "paused" && waiting.length) {
+    const ended = store.shots.find(({ state }) => ["failed", "stopped"].includes(state));
+    if (ended?.state === "failed") return { what: `Shot ${ended.number} failed`, more: sentence(ended.message ?? ""), act: "play", label: "Try again" };
+    if (ended) return { what: `Shot ${ended.number} was stopped`, more: "what there is of it is kept", act: "play", label: "Go on" };
+    if (paused && waiting.length) {
       return { what: "Generation is paused", more: `${plural(waiting.length, "shot")} waiting`, act: "play", label: "Go on" };
     }
     if (waiting.length) return { what: `Making shot ${waiting[0].number}`, more: "about to begin" };
-    const failed = store.shots.find(({ state }) => state === "failed");
-    if (failed) return { what: `Shot ${failed.number} failed`, more: failed.message ?? "", act: "play", label: "Try again" };
+    if (!this.#idle) return { what: "Waiting for the picture" };
     return { what: "The story so far.", more: "N writes the next shot, Space plays it again.", quiet: true };
   }
 

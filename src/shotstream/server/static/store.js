@@ -3,6 +3,8 @@
  * selected. Views read it; it tells them when something changed. It holds no truth of its own but the drafts.
  */
 
+import { sentence } from "./words.js";
+
 const HISTORY = 60;
 
 export class Store {
@@ -22,13 +24,13 @@ export class Store {
       document: null,
       connection: { state: "connecting" },
       selected: null, // a shot that somebody chose
-      onScreen: null,
+      onScreen: null, // a shot
+      seeing: [], // takes
       editing: null,
       notice: null,
       loading: null,
       jobs: {},
       memory: {},
-      pictures: {},
       stats: { chunks: [], latencies: [], sent: new Map(), applied: new Map(), seen: new Map() },
       drafts: {},
     });
@@ -89,6 +91,11 @@ export class Store {
     return this.shot(this.selected) ?? this.shot(this.onScreen) ?? this.running ?? this.shots[0] ?? null;
   }
 
+  /** The shot whose memory is shown: the one chosen, else the one being made. */
+  get remembering() {
+    return this.shot(this.selected) ?? this.running ?? this.current;
+  }
+
   take(id) {
     return this.document?.takes[id] ?? null;
   }
@@ -97,6 +104,12 @@ export class Store {
   takes(shot) {
     const all = Object.values(this.document?.takes ?? {}).filter((take) => take.shot === shot);
     return all.sort((a, b) => String(a.created).localeCompare(String(b.created)));
+  }
+
+  /** Which take of its shot this is. */
+  which(id) {
+    const all = this.takes(this.take(id).shot);
+    return `take ${all.findIndex((take) => take.id === id) + 1}${all.length > 1 ? ` of ${all.length}` : ""}`;
   }
 
   get running() {
@@ -128,28 +141,22 @@ export class Store {
   /** A command was sent at `at`; its answer may come later than the news that it was carried out. */
   sent(command, at) {
     this.stats.sent.set(command, at);
-    this.#measure();
-  }
-
-  /** The server made the first picture that answers a command. */
-  applied({ command, shot, prompt_to_frame_ms: server }) {
-    this.stats.applied.set(command, { shot, server: server / 1000 });
-    this.#measure();
+    this.measure();
   }
 
   /** A shot's first frame is on the screen. */
   seen(shot) {
     this.stats.seen.set(shot, performance.now());
-    this.#measure();
+    this.measure();
   }
 
   /** Prompt to pixel: from sending words to their first picture here. */
-  #measure() {
+  measure() {
     const { sent, applied, seen } = this.stats;
-    for (const [command, { shot, server }] of applied) {
+    for (const [command, shot] of applied) {
       const [from, to] = [sent.get(command), seen.get(shot)];
       if (!(to > from)) continue;
-      this.stats.latencies = [...this.stats.latencies, { shot, server, seconds: (to - from) / 1000 }].slice(-HISTORY);
+      this.stats.latencies = [...this.stats.latencies, { seconds: (to - from) / 1000 }].slice(-HISTORY);
       applied.delete(command);
       sent.delete(command);
     }
@@ -160,6 +167,11 @@ export class Store {
 
   draft(name) {
     return this.drafts[name];
+  }
+
+  /** The next shot, as far as it is written. */
+  get next() {
+    return this.drafts.next ?? { caption: "" };
   }
 
   write(name, value) {
@@ -196,6 +208,7 @@ const RECEIVE = {
     this.stats.chunks = [...this.stats.chunks, { ...event, seconds }].slice(-HISTORY);
   },
   shot_done({ shot }) {
+    if (this.notice?.passing) this.notice = null;
     return `Shot ${this.number(shot)} done`;
   },
   shot_failed({ shot, message }) {
@@ -204,15 +217,16 @@ const RECEIVE = {
   shot_stopped({ shot }) {
     return `Shot ${this.number(shot)} stopped`;
   },
-  applied(event) {
-    this.applied(event);
+  applied({ command, shot }) {
+    this.stats.applied.set(command, shot);
+    this.measure();
   },
   progress(event) {
     if (event.job === "model") this.loading = event;
     else this.jobs[event.job] = event;
   },
   error({ message, remedy }) {
-    this.notice = { tone: "bad", text: [message, remedy].filter(Boolean).join(" ") };
+    this.notice = { tone: "bad", passing: true, text: sentence([message, remedy].filter(Boolean).join("; ")) };
     return message;
   },
 };
@@ -221,7 +235,7 @@ function read(storage, key) {
   try {
     return JSON.parse(storage.getItem(key));
   } catch {
-    return null; // a browser may forbid storage, or somebody else wrote there
+    return null; // forbidden, or not ours
   }
 }
 
@@ -229,6 +243,6 @@ function keep(storage, key, value) {
   try {
     storage.setItem(key, JSON.stringify(value));
   } catch {
-    // full or forbidden: the words still live in this page
+    // full or forbidden
   }
 }

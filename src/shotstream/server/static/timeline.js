@@ -3,28 +3,18 @@
 import { takeThumb } from "./api.js";
 import { button, h } from "./dom.js";
 import { icon } from "./icons.js";
-import { forks } from "./tree.js";
 import { plural, seconds } from "./words.js";
 
-const STATES = {
-  planned: "planned",
-  queued: "queued",
-  running: "being made",
-  done: "done",
-  stale: "stale",
-  failed: "failed",
-  stopped: "stopped",
-};
-
+export const stateOf = ({ state }) => (state === "running" ? "being made" : state);
 export const isPlanned = (shot) => shot.state === "planned" || shot.state === "queued";
 
 /** What a state means to whoever reads it, in a sentence. */
-export function explain(shot) {
+export function explain(shot, status) {
   const again = shot.takes.length > 0;
   return {
     planned: again ? "A new take is planned." : "Not made yet.",
     queued: again ? "A new take is waiting for its turn." : "Waiting for its turn.",
-    running: "Being made now.",
+    running: status === "paused" ? "On hold between two of its parts." : "Being made now.",
     done: "",
     stale: "Stale: it was made after an older take of the shots before it.",
     failed: "It could not be made.",
@@ -46,6 +36,7 @@ export function timelineHead(store, act) {
         `Remake ${plural(stale, "stale shot")}`,
       ),
     h("span", { class: "gap" }),
+    doc.model.fast.length > 0 && h("span", { key: "fast", title: "Fast mode: not what the exact model makes" }, `Approximate: ${doc.model.fast.join(", ")}`),
     stats(store, act),
     doc.status === "paused"
       ? button({ key: "play", class: "small strong", onclick: () => act("play") }, icon("play"), "Go on making")
@@ -78,7 +69,6 @@ function stats(store, act) {
 
 export function timeline(store, act) {
   const { shots, current } = store;
-  const branching = forks(store.document);
   return [
     h(
       "ol",
@@ -91,7 +81,7 @@ export function timeline(store, act) {
         "aria-activedescendant": current ? `shot-${current.id}` : null,
         onkeydown: (event) => keydown(event, store, act),
       },
-      shots.map((shot) => card(store, shot, branching.get(shot.id), act)),
+      shots.map((shot) => card(store, shot, act)),
     ),
     button({ class: "new-shot", onclick: () => act("new"), "aria-keyshortcuts": "N" },
       icon("plus"),
@@ -100,11 +90,11 @@ export function timeline(store, act) {
   ];
 }
 
-function card(store, shot, forks, act) {
+function card(store, shot, act) {
   const { id, number, state, caption } = shot;
+  const told = badge(store, shot);
   const takes = store.takes(id).length;
-  const planned = isPlanned(shot);
-  const name = [`Shot ${number}`, STATES[state], takes > 1 && plural(takes, "take"), length(store, shot), caption];
+  const name = [`Shot ${number}`, stateOf(shot), takes > 1 && plural(takes, "take"), length(store, shot), caption];
   return h(
     "li",
     {
@@ -115,35 +105,23 @@ function card(store, shot, forks, act) {
       style: { "--chunks": shot.chunks },
       "aria-selected": store.current?.id === id,
       "aria-label": name.filter(Boolean).join(", "),
-      draggable: planned ? "true" : null,
       onclick: () => act("select", id),
       ondblclick: () => act("playShot", id),
-      ondragstart: (event) => event.dataTransfer.setData("text/shot", id),
-      ondragover: (event) => planned && event.preventDefault(),
-      ondrop: (event) => {
-        event.preventDefault();
-        const moved = event.dataTransfer.getData("text/shot");
-        if (planned && moved && moved !== id) act("move", moved, number);
-      },
     },
-    h(
-      "div",
-      { class: "still" },
+    h("div", { class: "still" },
       picture(store, shot),
       h("span", { class: "number" }, number),
-      forks && h("span", { key: "fork", class: "fork", title: `Also continues on ${forks.join(", ")}` }, icon("branch")),
-      badge(store, shot),
-      h("span", { class: "facts" }, takes > 1 ? `${takes} takes, ${length(store, shot)}` : length(store, shot)),
+      told,
+      h("span", { class: "facts" }, takes > 1 && !told ? `${takes} takes, ${length(store, shot)}` : length(store, shot)),
       h("i", { class: "head" }),
     ),
     h("p", { class: "caption" }, caption),
   );
 }
 
-function picture(store, { id, state, take, caption }) {
-  const made = state === "running" ? store.pictures[id] : take ? takeThumb(store.document.id, take) : null;
-  if (made) return h("img", { key: made.startsWith("data:") ? "live" : made, src: made, alt: caption, loading: "lazy", draggable: "false" });
-  return h("span", { key: "none", class: "none" });
+function picture(store, { state, take, caption }) {
+  if (state === "running" || !take) return h("span", { key: "none", class: "none" });
+  return h("img", { key: take, src: takeThumb(store.document.id, take), alt: caption, loading: "lazy" });
 }
 
 function badge(store, shot) {
@@ -154,7 +132,7 @@ function badge(store, shot) {
     return h("progress", { key: "progress", class: "parts", max: chunks, value: chunk, "aria-label": "parts made", style: { "--chunks": chunks } });
   }
   const begins = isPlanned(shot) && store.document.status === "playing" ? shot.acts_in_s : null;
-  return h("span", { key: "badge", class: "badge" }, begins != null ? `in ${seconds(Math.max(begins, 0.1))}` : STATES[state]);
+  return h("span", { key: "badge", class: "badge" }, begins != null ? `in ${seconds(Math.max(begins, 0.1))}` : state);
 }
 
 function length(store, shot) {

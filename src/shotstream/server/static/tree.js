@@ -1,67 +1,63 @@
-/** Branches: the takes that lead to each one's end, where they part, and a way to go from one to another. */
+/** Branches: every one's takes in a strip, place under place, so that one sees where they part and what each shows. */
 
 import { takeThumb } from "./api.js";
-import { button, h } from "./dom.js";
+import { button, failure, form, h } from "./dom.js";
 import { icon } from "./icons.js";
 import { plural } from "./words.js";
 
-/** The takes from the first shot to `tip`. */
-export function chain(doc, tip) {
-  const takes = [];
-  for (let take = doc.takes[tip]; take; take = doc.takes[take.parent]) takes.unshift(take);
-  return takes;
-}
-
-/** Shots of the head after which other branches go their own way: id -> names of those branches. */
-export function forks(doc) {
-  const head = new Set(doc.shots.map(({ take }) => take));
-  const found = new Map();
-  for (const { name, tip } of doc.branches) {
-    if (name === doc.head) continue;
-    const shared = chain(doc, tip).findLast(({ id }) => head.has(id));
-    if (shared) found.set(shared.shot, [...(found.get(shared.shot) ?? []), name]);
-  }
-  return found;
+/** Where a branch parts from the head: the first two takes that differ, the head's first. Null if they never do. */
+function parting({ shots, branches }, name) {
+  const { takes } = branches.find((branch) => branch.name === name);
+  const at = takes.findIndex((take, i) => shots[i]?.take && shots[i].take !== take);
+  return at < 0 ? null : [shots[at].take, takes[at]];
 }
 
 export function branches(store, act) {
   const { document: doc } = store;
-  const head = doc.shots.map(({ take }) => doc.takes[take]).filter(Boolean);
-  const known = new Set(head.map(({ id }) => id));
+  const drawn = new Set();
   return [
-    h(
-      "div",
-      { class: "title" },
+    h("div", { class: "title" },
       h("h2", {}, "Branches"),
       button({ class: "small", disabled: !doc.shots.length, onclick: () => act("branch") }, icon("branch"), "New branch"),
     ),
     store.editing?.branch !== undefined && naming(store, act),
-    h(
-      "ul",
-      { class: "branches" },
-      doc.branches.map((branch) => row(store, branch, branch.name === doc.head ? head : chain(doc, branch.tip), known, act)),
-    ),
+    h("ul", { class: "branches", style: { "--shots": Math.max(...doc.branches.map(({ shots }) => shots)) } }, doc.branches.map((branch) => row(store, branch, drawn, act))),
   ];
 }
 
-function row(store, { name, shots }, takes, known, act) {
-  const isHead = name === store.document.head;
-  const own = isHead ? takes : takes.filter(({ id }) => !known.has(id));
-  const shared = takes.length - own.length;
-  return h(
-    "li",
-    { key: name, class: isHead ? "is-head" : "" },
-    button({ class: "name", "aria-pressed": isHead, onclick: () => act("checkout", name), title: isHead ? "You are here" : `Go to ${name}` },
-      h("b", {}, name),
-      h("span", { class: "quiet" }, plural(shots, "shot"), isHead && ", you are here"),
+function row(store, { name, shots, takes }, drawn, act) {
+  const { document: doc } = store;
+  const isHead = name === doc.head;
+  return h("li", { key: name, class: isHead ? "is-head" : "" },
+    h("div", {},
+      button({ class: "name", "aria-pressed": isHead, onclick: () => act("checkout", name), title: isHead ? "You are here" : `Go to ${name}` },
+        h("b", {}, name),
+        h("span", { class: "quiet" }, plural(shots, "shot"), isHead && ", you are here"),
+      ),
+      !isHead && parting(doc, name) && tool("compare", `Compare ${name} with ${doc.head}`, () => act("compare", ...parting(doc, name))),
+      tool("edit", `Rename ${name}`, () => act("rename", name)),
     ),
-    h(
-      "span",
-      { class: "path", role: "img", "aria-label": isHead ? plural(takes.length, "take") : `shares ${plural(shared, "take")}, ${own.length} of its own` },
-      shared > 0 && !isHead && h("span", { key: "shared", class: "shared" }, `1–${shared}`),
-      own.slice(-4).map(({ id, caption }) => h("img", { key: id, src: takeThumb(store.document.id, id), alt: "", title: caption, loading: "lazy" })),
+    h("ol", { class: "strip", "aria-label": `Takes of ${name}` },
+      Array.from({ length: shots }, (_, i) => place(store, isHead ? doc.shots[i].take : takes[i], i + 1, drawn, act)),
     ),
-    button({ class: "bare", "aria-label": `Rename ${name}`, onclick: () => act("rename", name) }, icon("edit")),
+  );
+}
+
+const tool = (picture, label, onclick) => button({ key: picture, class: "bare", "aria-label": label, title: label, onclick }, icon(picture));
+
+/** A place in a strip: its take, a thread where a strip above shows the same take, or a gap where none is made yet. */
+function place(store, id, number, drawn, act) {
+  const take = store.take(id);
+  if (!take) return h("li", { key: number, class: "gap", "aria-label": `Shot ${number}, not made` });
+  if (drawn.has(id)) return h("li", { key: number, class: "thread", "aria-label": `Shot ${number}, the take above` });
+  drawn.add(id);
+  const name = `Shot ${number}, ${store.which(id)}`;
+  const seen = store.seeing.includes(id);
+  return h("li", { key: number },
+    button({ "aria-label": `See ${name.toLowerCase()}`, "aria-pressed": seen, title: `${name}: ${take.caption}`, onclick: () => act("seeTake", take.shot, id) },
+      h("img", { src: takeThumb(store.document.id, id), alt: "", loading: "lazy" }),
+      h("span", { "aria-hidden": "true" }, number),
+    ),
   );
 }
 
@@ -70,24 +66,13 @@ function naming(store, act) {
   const { branch, shot } = store.editing;
   const at = shot && store.shot(shot);
   const what = branch ? `Another name for ${branch}` : at ? `Name of the branch after shot ${at.number}` : "Name of the branch";
-  return h(
-    "form",
-    {
-      key: "naming",
-      class: "naming",
-      onsubmit: (event) => {
-        event.preventDefault();
-        act("named", event.target.elements.name.value.trim());
-      },
-    },
+  return form({ key: "naming", class: "naming", send: ({ target }) => act("named", target.elements.name.value.trim()) },
     h("label", { for: "branch-name" }, what),
-    h(
-      "div",
-      { class: "row" },
+    h("div", { class: "row" },
       h("input", { id: "branch-name", name: "name", required: true, maxlength: 64, autocomplete: "off", ref: (input) => (input.value = store.editing.suggestion), onfocus: ({ target }) => target.select() }),
       h("button", { type: "submit", class: "strong" }, branch ? "Rename" : "Branch"),
       button({ onclick: () => act("cancel") }, "Cancel"),
     ),
-    store.editing.error && h("p", { class: "error", role: "alert" }, store.editing.error),
+    failure(store.editing.error),
   );
 }

@@ -3,11 +3,16 @@
 export const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 export const percent = (share) => `${Math.round(share * 100)} %`;
 
+export const sentence = (text) => text && `${text[0].toUpperCase()}${text.slice(1).replace(/\.$/, "")}.`;
+
 /** A duration as one would say it: 0.4 s, 12 s, 3 min. */
 export function seconds(value) {
   if (value >= 90) return `${Math.round(value / 60)} min`;
   return value < 9.95 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`;
 }
+
+/** How far a model is that is being loaded. */
+export const readying = ({ phase, eta_s: left }) => (left ? `${phase}, about ${seconds(left)} left` : phase);
 
 /** A time of a film, 0:07.5. */
 export function clock(value) {
