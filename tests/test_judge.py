@@ -50,9 +50,7 @@ def test_reads_what_was_drawn(degrade: Callable[[np.ndarray], np.ndarray]) -> No
 def test_draws_a_character_where_the_renderer_does(shot: int) -> None:
     script = SHOTS[shot]
     view, _ = judge._look(PICTURES[shot])
-    for index, position in zip(
-        script.cast, ("left", "right") if len(script.cast) > 1 else ("centre",), strict=True
-    ):
+    for index, position in zip(script.cast, ("left", "right") if len(script.cast) > 1 else ("centre",), strict=True):
         who = CAST[index]
         guess = judge._Guess(position, who.species, script.action, who.hat, who.accessory)
         true = judge._fit(view, guess)

@@ -24,9 +24,7 @@ from shotstream.memory.policies.rolling_forcing import RollingForcing
 from shotstream.memory.policies.rolling_sink import RollingSink
 from shotstream.memory.schedule import SCHEDULES, NoiseSchedule, Window
 
-GOLDEN = {
-    s["name"]: s for s in json.loads((Path(__file__).parent / "golden/plans.json").read_text())["settings"]
-}
+GOLDEN = {s["name"]: s for s in json.loads((Path(__file__).parent / "golden/plans.json").read_text())["settings"]}
 
 SETTINGS: dict[str, MemoryPolicy] = {
     "unbounded": MemoryPolicy(),
@@ -81,9 +79,7 @@ class Driver:
                 self.log("denoise", new, {"chunk": window.chunks[0], "steps": len(self.schedule.steps)})
             else:  # a chunk's denoise steps share one plan, listed once
                 shared = self.calls[-1]
-                self.log(
-                    "denoise", new, {k: v for k, v in shared.items() if k in ("chunk", "steps", "blend")}
-                )
+                self.log("denoise", new, {k: v for k, v in shared.items() if k in ("chunk", "steps", "blend")})
                 assert self.calls.pop() == shared
             if window.levels[0] == len(self.schedule.steps) - 1:
                 leaving = window.chunks[0]
@@ -202,9 +198,7 @@ def test_presets_have_the_golden_parameters(name: str) -> None:
             assert getattr(policy, key) == value
 
 
-def moved(
-    policy: type[MemoryPolicy], which: Callable[[Call, Place], bool], by: float = 1
-) -> Callable[..., Plan]:
+def moved(policy: type[MemoryPolicy], which: Callable[[Call, Place], bool], by: float = 1) -> Callable[..., Plan]:
     """A plan method whose chosen keys sit `by` further on."""
     original = policy.plan
 
@@ -232,9 +226,7 @@ def block_causal(self: LongLive, call: Call) -> Plan:
 
 def phase_as_position(self: DualBuffer, call: Call) -> Plan:
     right = DUAL_PLAN(self, call)
-    return Plan(
-        *(tuple(Place(p.frame, p.pos + p.phase) for p in side) for side in (right.queries, right.keys))
-    )
+    return Plan(*(tuple(Place(p.frame, p.pos + p.phase) for p in side) for side in (right.queries, right.keys)))
 
 
 def target_text(self: DualBuffer, memory: Any, new: Any, cut: bool, shots: Any) -> Any:
@@ -347,10 +339,7 @@ def test_slots_do_not_know_the_stream_number(name: str) -> None:
 def test_memory_stays_bounded_over_fifty_shots(name: str) -> None:
     policy = POLICIES[name]
     schedule = SCHEDULES["rolling-forcing" if name == "rolling-forcing" else "self-forcing"]
-    sizes = [
-        len(call["keys"])
-        for call in Driver(policy, schedule, dict.fromkeys(range(6, 300, 6), "cut")).run(300)
-    ]
+    sizes = [len(call["keys"]) for call in Driver(policy, schedule, dict.fromkeys(range(6, 300, 6), "cut")).run(300)]
     half = len(sizes) // 2
     assert max(sizes[half:]) == max(sizes[:half]) <= (policy.window or 21 + 6)
 
@@ -391,9 +380,7 @@ def test_causvid_continues_from_the_overlap() -> None:
 
 
 @pytest.mark.parametrize(("chunk", "first", "kept"), [(1, 0, 0), (4, 0, 0), (5, 3, 3), (9, 15, 3)])
-def test_longlive_keeps_its_sink_only_when_it_lies_before_what_is_recomputed(
-    chunk: int, first: int, kept: int
-) -> None:
+def test_longlive_keeps_its_sink_only_when_it_lies_before_what_is_recomputed(chunk: int, first: int, kept: int) -> None:
     again = next(c for c in stream(LongLive(), 10, {chunk: "switch"}) if c["call"] == "prefill")
     assert again["frames"] == list(range(first, 3 * chunk))
     assert again["kept"] == kept

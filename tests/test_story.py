@@ -119,9 +119,7 @@ shots = st.builds(
             "seed": st.integers(0, 2**63 - 1),
             "global_caption": captions,
             "memory": st.fixed_dictionaries({}, optional={"policy": st.just("dual-buffer")}),
-            "loras": st.lists(
-                st.fixed_dictionaries({"path": st.just("a b.safetensors"), "scale": st.floats(-2, 2)})
-            ),
+            "loras": st.lists(st.fixed_dictionaries({"path": st.just("a b.safetensors"), "scale": st.floats(-2, 2)})),
         },
     ),
 )

@@ -37,9 +37,7 @@ def test_a_seed_always_tells_the_same_story() -> None:
     assert [w.sample_world(seed) for seed in range(50)] == TRAIN[:50]
     assert len(set(TRAIN)) == len(TRAIN)
     shot, golden = TRAIN[0].shots[0], ("frog", "desert", "medium")
-    assert (TRAIN[0].cast[0].species, shot.place, shot.framing) == golden, (
-        "published seeds would change meaning"
-    )
+    assert (TRAIN[0].cast[0].species, shot.place, shot.framing) == golden, "published seeds would change meaning"
 
 
 def test_consecutive_shots_change_place_or_framing() -> None:

@@ -79,9 +79,7 @@ def test_each_context_frame_is_encoded_alone(vae, frames):
     alone = vae.context_latents(frames[0, [4, 0]])
     assert difference(alone[:1].unsqueeze(1), GOLDEN["vae_latents_single"]) < 2e-6
     assert torch.allclose(alone[1], vae.encode(frames[:, :1])[0, 0], atol=1e-12)
-    assert (
-        alone[0] - vae.encode(frames)[0, 1]
-    ).abs().max() > 0.01  # in the clip it would see the frames before
+    assert (alone[0] - vae.encode(frames)[0, 1]).abs().max() > 0.01  # in the clip it would see the frames before
 
 
 # -- time
@@ -221,7 +219,5 @@ def test_parity_with_diffusers():
 def test_diffusers_names_at_full_size():
     names = diffusers_names(VAEConfig())
     assert len(set(names.values())) == 194
-    assert (
-        names["decoder.upsamples.7.time_conv.weight"] == "decoder.up_blocks.1.upsamplers.0.time_conv.weight"
-    )
+    assert names["decoder.upsamples.7.time_conv.weight"] == "decoder.up_blocks.1.upsamplers.0.time_conv.weight"
     assert names["encoder.middle.1.to_qkv.bias"] == "encoder.mid_block.attentions.0.to_qkv.bias"

@@ -332,11 +332,7 @@ def _nearest(frames: int, asked: str, model: Timing) -> Length:
         below, total, chunks = total, total + model.chunk_frames(chunks), chunks + 1
     if chunks > 1 and frames - below < total - frames:
         chunks, total = chunks - 1, below
-    note = (
-        ""
-        if total == frames
-        else f"{asked} becomes {total} frames ({chunks} chunk{'s' if chunks > 1 else ''})"
-    )
+    note = "" if total == frames else f"{asked} becomes {total} frames ({chunks} chunk{'s' if chunks > 1 else ''})"
     return Length(chunks, total, note)
 
 

@@ -264,9 +264,7 @@ class VideoWriter:
     def _open(self, title: str, comment: str) -> None:
         kind = self._format
         with _explained(self.path):
-            self._container = av.open(
-                _url(self._temporary), "w", format=kind.container, options=kind.container_options
-            )
+            self._container = av.open(_url(self._temporary), "w", format=kind.container, options=kind.container_options)
             self._container.metadata.update({k: v for k, v in (("title", title), ("comment", comment)) if v})
             stream = self._container.add_stream(kind.codec, rate=self._rate, options=kind.codec_options)
         assert isinstance(stream, av.VideoStream)
@@ -463,9 +461,7 @@ class ContactSheet:
         return image.resize((self.width, height), Image.Resampling.LANCZOS)
 
 
-def contact_sheet(
-    shots: Sequence[Array], captions: Sequence[str], columns: int = 5, title: str = ""
-) -> Image.Image:
+def contact_sheet(shots: Sequence[Array], captions: Sequence[str], columns: int = 5, title: str = "") -> Image.Image:
     """A contact sheet of whole shots, each uint8 `f h w 3`."""
     sheet = ContactSheet(title, columns)
     for frames, caption in zip(shots, captions, strict=True):

@@ -79,9 +79,7 @@ class Words(nn.Module):
         """Word numbers [n s] -> states [n s d], rows of padding zero."""
         there = ids > 0
         x = self.embedding(ids) + self.position
-        q, k, v = (
-            part.unflatten(-1, (self.config.heads, -1)) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
+        q, k, v = (part.unflatten(-1, (self.config.heads, -1)) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         x = x + self.out(attention(q, k, v, there[:, None, None, :]).flatten(-2))
         x = x + self.ffn(self.norm2(x))
         return self.norm(x) * there[..., None]

@@ -329,9 +329,7 @@ def _fit(view: _View, guess: _Guess) -> _Fit:
     return _Fit(gain, costs)
 
 
-def _coloured(
-    view: _View, window: tuple[slice, slice], drawn: _Template, costs: NDArray[np.float64]
-) -> Floats:
+def _coloured(view: _View, window: tuple[slice, slice], drawn: _Template, costs: NDArray[np.float64]) -> Floats:
     """The picture of a drawing before the scene in the colours that cost least."""
     colours = _PALETTE[costs.argmin(1)] / 255
     clear = 1 - drawn.alpha[..., None] * np.float32(1 / 255)
@@ -383,9 +381,7 @@ def _refine(view: _View, guesses: Sequence[_Guess]) -> tuple[list[_Guess], list[
         moved = [guess._replace(shift=(x + dx, y + dy)) for dx, dy in product(SHIFTS, SHIFTS)]
         guess, _ = _settle(moved, [_fit(view, g).gain for g in moved])
         heads = [guess._replace(species=species, hat=hat) for species, hat in product(SPECIES, HATS)]
-        guess, sure = _settle(
-            heads, [_fit(view, g._replace(accessory="none")).gain for g in heads], "species", "hat"
-        )
+        guess, sure = _settle(heads, [_fit(view, g._replace(accessory="none")).gain for g in heads], "species", "hat")
         hands = [guess._replace(accessory=accessory) for accessory in ACCESSORIES]
         guess, more = _settle(hands, [_fit(view, g).gain for g in hands], "accessory")
         refined.append(guess)
@@ -394,14 +390,10 @@ def _refine(view: _View, guesses: Sequence[_Guess]) -> tuple[list[_Guess], list[
     acting = [[guess._replace(action=action, lag=lag) for action, lag in actions] for guess in refined]
     gains = np.sum([[_fit(view, g.bare()).gain for g in options] for options in acting], axis=0).tolist()
     chosen = [_settle(options, gains, "action") for options in acting]
-    return [guess for guess, _ in chosen], [
-        sure | more for sure, (_, more) in zip(margins, chosen, strict=True)
-    ]
+    return [guess for guess, _ in chosen], [sure | more for sure, (_, more) in zip(margins, chosen, strict=True)]
 
 
-def _settle(
-    options: Sequence[_Guess], gains: Sequence[float], *names: str
-) -> tuple[_Guess, dict[str, float]]:
+def _settle(options: Sequence[_Guess], gains: Sequence[float], *names: str) -> tuple[_Guess, dict[str, float]]:
     """The option that explains most; per name, the share of it that no option of another value explains."""
     gain, best = max(zip(gains, options, strict=True), key=lambda pair: pair[0])
     margins: dict[str, float] = {}

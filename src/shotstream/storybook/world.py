@@ -113,9 +113,7 @@ def _dress(random: Random, species: str, colour: str) -> Character:
     shirt = random.choice([c for c in SHIRTS if c != colour])
     accessory = random.choices(ACCESSORIES, (1, 2, 2))[0]
     accessory_colour = random.choice([c for c in ACCESSORY_COLOURS if c not in (colour, shirt)])
-    return Character(
-        species, colour, hat, shirt, accessory, "none" if accessory == "none" else accessory_colour
-    )
+    return Character(species, colour, hat, shirt, accessory, "none" if accessory == "none" else accessory_colour)
 
 
 def _sample_shots(random: Random, split: Split, cast_size: int, count: int) -> tuple[ShotScript, ...]:
@@ -124,9 +122,7 @@ def _sample_shots(random: Random, split: Split, cast_size: int, count: int) -> t
     for index in range(count):
         cast = _sample_presence(random, shots, cast_size, last_chance=index == min(1, count - 1))
         place, time = _sample_scene(random, split, _sample_place(random, shots), story_time)
-        framings = [
-            framing for framing in FRAMINGS if len(cast) == 1 or framing != "close"
-        ]  # too tight for two
+        framings = [framing for framing in FRAMINGS if len(cast) == 1 or framing != "close"]  # too tight for two
         if shots and shots[-1].place == place:  # a cut nobody can see is none: change place or framing
             framings = [framing for framing in framings if framing != shots[-1].framing]
         framing = random.choice(framings)
@@ -144,9 +140,7 @@ def _sample_action(random: Random, framing: str, cast_size: int) -> str:
     return random.choices(actions, [ACTION_WEIGHTS[action] for action in actions])[0]
 
 
-def _sample_presence(
-    random: Random, shots: Sequence[ShotScript], size: int, last_chance: bool
-) -> tuple[int, ...]:
+def _sample_presence(random: Random, shots: Sequence[ShotScript], size: int, last_chance: bool) -> tuple[int, ...]:
     """Who is in the next shot: one character or both; by the second shot both have been seen."""
     if size == 1:
         return (0,)

@@ -26,18 +26,12 @@ class CausVid(MemoryPolicy):
         if self.history < self.overlap - 1:
             raise ValueError(f"CausVid: overlap {self.overlap} needs history >= {self.overlap - 1}")
 
-    def boundary(
-        self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]
-    ) -> Boundary:
+    def boundary(self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]) -> Boundary:
         if not cut or not shots or not self.overlap:
             return super().boundary(memory, new, cut, shots)
         picture = shots[-1] - (4 * (self.overlap - 1) + 1)
         if picture < 0:
-            raise ValueError(
-                f"{shots[-1]} pictures are too few for an overlap of {self.overlap} latent frames"
-            )
-        first, *rest = (
-            replace(new[0], index=new[0].index - i, offset=-i) for i in range(self.overlap, 0, -1)
-        )
+            raise ValueError(f"{shots[-1]} pictures are too few for an overlap of {self.overlap} latent frames")
+        first, *rest = (replace(new[0], index=new[0].index - i, offset=-i) for i in range(self.overlap, 0, -1))
         first = replace(first, shot=len(shots) - 1, offset=picture, role="context")
         return Boundary((), (first, *rest))

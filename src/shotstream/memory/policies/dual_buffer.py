@@ -28,9 +28,7 @@ class DualBuffer(MemoryPolicy):
     def settled(self) -> bool:
         return True
 
-    def boundary(
-        self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]
-    ) -> Boundary:
+    def boundary(self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]) -> Boundary:
         if not cut:  # a new text inside a shot: later chunks read it, nothing is computed again
             return Boundary(memory)
         picks = self.picks(shots)

@@ -25,9 +25,7 @@ class InfinityRope(Slots):
     jump: int = 45
     compat: Literal["released", "paper"] = "released"
 
-    def boundary(
-        self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]
-    ) -> Boundary:
+    def boundary(self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]) -> Boundary:
         if not memory:
             return Boundary(memory)
         if self.compat == "paper":

@@ -20,9 +20,7 @@ class LongLive(MemoryPolicy):
     history: int = 12
     global_sink: bool = True
 
-    def boundary(
-        self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]
-    ) -> Boundary:
+    def boundary(self, memory: tuple[Frame, ...], new: tuple[Frame, ...], cut: bool, shots: Sequence[int]) -> Boundary:
         now = new[0]
         recent = range(max(0, now.index - self.history), now.index)
         kept = memory[: self.sink] if self.global_sink and now.index > self.history else ()

@@ -16,6 +16,4 @@ class RewardForcing(Slots):
     def fit(self, memory: tuple[Frame, ...], new: tuple[Frame, ...]) -> Change:
         kept = super().fit(memory, new).memory
         forgotten = memory[self.sink : self.sink + len(memory) - len(kept)]
-        return Change(
-            kept, tuple((into, other, self.ema) for into, other in zip(kept, forgotten, strict=False))
-        )
+        return Change(kept, tuple((into, other, self.ema) for into, other in zip(kept, forgotten, strict=False)))

@@ -66,7 +66,7 @@ export const FINAL = {
   4404: "This session is no longer on the server.",
 };
 
-/** Waits that grow from half a second to eight, with a little chance so that many pages do not return at once. */
+/** Waits that grow from half a second to eight, with some chance: pages do not return all at once. */
 export class Patience {
   tries = 0;
   next() {

@@ -22,7 +22,7 @@ export class Dialogs {
   constructor(store, begin) {
     Object.assign(this, { store, begin });
     this.element = document.getElementById("dialog");
-    this.element.onclose = () => (this.#view = null);
+    this.element.onclose = () => this.element.open || (this.#view = null); // told late
     this.element.onclick = ({ target }) => target === this.element && this.close(); // the backdrop
     store.subscribe(() => this.draw());
   }

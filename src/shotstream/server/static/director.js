@@ -378,8 +378,9 @@ export class Director {
   }
 }
 
-/** Focus an element after the views have been drawn; or the one that `fallback` selects. */
+/** Focus an element now, so that no key is lost, and after the views are drawn; or what `fallback` selects. */
 function focus(id, fallback) {
+  document.getElementById(id)?.focus();
   requestAnimationFrame(() =>
     requestAnimationFrame(() => {
       const element = (id && document.getElementById(id)) ?? document.querySelector(fallback ?? "#none");

@@ -1,4 +1,4 @@
-/** Icons as strokes on a 24 x 24 grid; they take the colour of the text. Every button that has one also has a name. */
+/** Icons as strokes on a 24 x 24 grid, in the colour of the text. */
 
 import { h } from "./dom.js";
 

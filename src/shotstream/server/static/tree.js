@@ -1,4 +1,4 @@
-/** Branches: every one's takes in a strip, place under place, so that one sees where they part and what each shows. */
+/** Branches: every one's takes in a strip, place under place. */
 
 import { takeThumb } from "./api.js";
 import { button, failure, form, h } from "./dom.js";
