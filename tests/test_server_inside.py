@@ -94,6 +94,24 @@ def test_out_of_memory_is_told_with_a_remedy_and_the_next_shot_is_made(client, m
     until(client, session, "done")
 
 
+def test_an_idle_worker_reads_ahead_what_the_next_shot_will_remember(client, monkeypatch):
+    asked = []
+
+    def prepare(self, request, take, shelf):
+        asked.append(take)
+        if len(asked) == 2:
+            raise ProjectError("a take has gone")  # the next shot says so, if it needs it
+
+    monkeypatch.setattr(Maker, "prepare", prepare)
+    session = new(client, "a bear", "a frog")
+    takes = [shot["take"] for shot in until(client, session, "done", "done")["shots"]]
+    wait_for(lambda: asked and asked[-1] == takes[-1])
+    do(client, session, "cut", caption="a duck", chunks=1)
+    last = until(client, session, "done", "done", "done")["shots"][2]["take"]
+    wait_for(lambda: asked[-1] == last)
+    assert len(asked) == len(set(asked))
+
+
 def test_a_defect_ends_the_worker_and_not_the_server(client, monkeypatch):
     make, calls = Maker.make, []
 

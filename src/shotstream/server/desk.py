@@ -73,6 +73,7 @@ class Job:
     """A take under way."""
 
     request: Request
+    folder: Path  # of the project
     shelf: FolderShelf
     chunks: Generator[Chunk, str | None, None]
     latents: list[Tensor] = field(default_factory=list)  # f c h w of each chunk
@@ -149,11 +150,14 @@ class Desk:
         self.device = device
         self.jobs: dict[str, Job | Replaying] = {}
         self.makers: dict[Path, Maker] = {}
+        self.made: tuple[Job, str] | None = None  # the last take, until something else is to be made
 
     def serve(self) -> None:
         """Carry out orders, and between them a chunk of each job in turn, until told to end."""
         while True:
             active = any(not job.waits for job in self.jobs.values())
+            if not active and not self.connection.poll():
+                self.look_ahead()
             while self.connection.poll(0 if active else None):
                 order = self.connection.recv()
                 if isinstance(order, End):
@@ -163,6 +167,14 @@ class Desk:
             for name, job in [*self.jobs.items()]:
                 if not job.waits:
                     self.step(name, job)
+
+    def look_ahead(self) -> None:
+        """Nothing is to be made: let what the next shot will remember be computed before its words come."""
+        made, self.made = self.made, None
+        if made:
+            job, take = made
+            with suppress(ProjectError):  # of a take that has gone; the next shot says so
+                self._maker(job.folder).prepare(job.request, take, job.shelf)
 
     def obey(self, order: Make | Replay | Pause | Resume | Stop | Steer) -> None:
         """Take note of an order. Those for a job that has ended are late, and mean nothing."""
@@ -199,11 +211,13 @@ class Desk:
     def _whole(self, name: str, job: Job) -> Whole:
         take = job.keep(self.device)
         assert take
+        self.made = job, take.id
         return Whole(name, take)
 
     def _begin(self, order: Make) -> None:
         shelf = FolderShelf(order.folder / "takes")
-        self.jobs[order.job] = Job(order.request, shelf, self._maker(order.folder).make(order.request, shelf))
+        chunks = self._maker(order.folder).make(order.request, shelf)
+        self.jobs[order.job] = Job(order.request, order.folder, shelf, chunks)
 
     def _begin_replay(self, order: Replay) -> None:
         latents = FolderShelf(order.folder / "takes").latents(order.take)
