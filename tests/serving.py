@@ -25,7 +25,9 @@ class Server:
 
     def __init__(self, home: Path, *arguments: str, model: str = "tiny") -> None:
         self.home = home
-        code = "from shotstream.cli import main; main()"
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{heed}; from shotstream.cli import main; main()"
         command = [sys.executable, "-c", code, "serve", *arguments]
         command += ["--model", model, "--device", "cpu", "--home", str(home), "--port", "0", "--no-open"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
