@@ -60,17 +60,18 @@ def arms(recipe: Recipe) -> dict[str, Arm]:
     """All rows, by name; the two chosen ones first, because others go on from their stages."""
     both = recipe.stage("stage1").runs.steps + recipe.stage("stage2").runs.steps
     budget = f"runs.steps={both}"
+    start = {"stage1": ["init=ode"]}  # every row by the paper's way, whatever the recipe goes on from
     return {
         TEACHER: Arm("chosen"),
-        STUDENT: Arm("chosen", stages=_STUDENT),
+        STUDENT: Arm("chosen", stages=_STUDENT, changes=start),
         "first frame": Arm("context", Options(context="first")),
         "first and last frame": Arm("context", Options(context="first-last")),
         "target's caption only": Arm("captions", Options(captions="target")),
         "channel concatenation": Arm("injection", Options(inject="channel")),
         "attention only": Arm("tuning", changes={"next": ["task.tune=attention"]}),
-        "no phase": Arm("shots told apart", Options(shots="none"), _WHOLE),
-        "learned embedding": Arm("shots told apart", Options(shots="embedding"), _WHOLE),
-        "stage 1 only": Arm("distillation", stages=("stage1",), changes={"stage1": [budget]}),
+        "no phase": Arm("shots told apart", Options(shots="none"), _WHOLE, start),
+        "learned embedding": Arm("shots told apart", Options(shots="embedding"), _WHOLE, start),
+        "stage 1 only": Arm("distillation", stages=("stage1",), changes={"stage1": [budget, "init=ode"]}),
         "stage 2 only": Arm(
             "distillation", stages=("stage2",), changes={"stage2": [budget, "init=ode", "task.critic=teacher"]}
         ),

@@ -132,7 +132,9 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
         exits="last",
     )
     own = dataclasses.replace(matching, history="own", critic="stage", critic_first=steps(20))
-    slow = dataclasses.replace(_runs(steps(450), batch // 2), optimizer="adamw", lr_adam=1e-5, warmup=10, ema=0.95)
+    slow = dataclasses.replace(_runs(steps(240), batch // 2), optimizer="adamw", lr_adam=1e-5, warmup=10, ema=0.95)
+    # Half of the teacher's batches are a student's already: it needs no trajectories, but more of such batches.
+    start = "ode" if source == "pairs" else "causal"
     return Recipe(
         config,
         (
@@ -144,8 +146,8 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
             Stage("causal", causal, _runs(steps(840), batch, 1.5e-3, ema=0.997), init="next"),
             Stage("pairs", PairsConfig(steps(20), batch // 2), init="next"),
             Stage("ode", ODEConfig(source), _runs(steps(64), batch, 1.5e-3, warmup=8, ema=0.95), init="next"),
-            Stage("stage1", matching, slow, init="ode"),
-            Stage("stage2", own, dataclasses.replace(slow, steps=steps(225)), init="stage1"),
+            Stage("stage1", matching, slow, init=start),
+            Stage("stage2", own, slow, init="stage1"),
             Stage(TINY, AutoencoderConfig(tiny=True), _runs(steps(900), max(1, batch // 8), 6e-3, ema=0.99)),
         ),
         student,
@@ -212,7 +214,7 @@ _SMOKE = dataclasses.replace(
 )
 
 RECIPES: dict[str, Recipe] = {
-    "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "causal"),
+    "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "stage1"),
     "storybook-large": _storybook(PRESETS["storybook-large"], 4.0, 64, DataConfig(30_000), "pairs", "stage2"),
     "storybook-smoke": _storybook(_SMOKE, 0.03, 4, DataConfig(64, 24), "pairs", "stage2"),
     "wan-1.3b": _wan(PRESETS["wan-1.3b"]),
