@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tiny_training import settings, train, write_stories
@@ -126,7 +127,6 @@ def start_endless(stories: Path, out: Path, *launcher: str, **more: Any) -> subp
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a group of its own, to be killed as one
     )
 
 
@@ -141,8 +141,12 @@ def kill_some_time_after(ready: Callable[[], bool], process: subprocess.Popen[by
             raise AssertionError("the run does not get going")
         time.sleep(np.random.default_rng().uniform(0, 1))
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:  # torchrun gives every worker a session of its own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
         process.wait()
+        psutil.wait_procs(family[1:], timeout=60)
 
 
 def log(path: Path) -> list[dict[str, Any]]:

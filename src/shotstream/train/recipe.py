@@ -143,7 +143,7 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
             Stage("image", TeacherConfig(kind="image"), _runs(steps(800), 4 * batch)),
             Stage("shot", TeacherConfig(kind="shot"), _runs(steps(220), batch, 2e-3), init="image"),
             Stage("next", shots, _runs(steps(4900), batch, 2e-3, ema=0.999), init="shot"),
-            Stage("causal", causal, _runs(steps(840), batch, 1.5e-3, ema=0.997), init="next"),
+            Stage("causal", causal, _runs(steps(660), batch, 1.5e-3, ema=0.997), init="next"),
             Stage("pairs", PairsConfig(steps(20), batch // 2), init="next"),
             Stage("ode", ODEConfig(source), _runs(steps(64), batch, 1.5e-3, warmup=8, ema=0.95), init="next"),
             Stage("stage1", matching, slow, init=start),
