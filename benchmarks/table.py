@@ -71,7 +71,8 @@ def _measured(times: dict[str, float]) -> tuple[str, str, str]:
 
 
 def _where(machine: dict[str, Any]) -> str:
-    place = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread"
+    threads = machine["threads"]
+    place = machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
     return f"{place}; {machine['commit']}"
 
 

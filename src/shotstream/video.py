@@ -73,7 +73,7 @@ _FORMATS = {
         "mp4",
         "libx264",
         "yuv420p",
-        {"crf": "16", "preset": "fast", "tune": "zerolatency", "bf": "0", "forced-idr": "1"},
+        {"crf": "16", "preset": "veryfast", "tune": "zerolatency", "bf": "0", "forced-idr": "1"},
         {"movflags": "+faststart"},
     ),
     ".webm": _Format(
