@@ -659,7 +659,10 @@ def teller() -> Iterator[subprocess.Popen]:
         [sys.executable, "-c", TELLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
     assert run.stdout.readline() == "ready\n"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as there: sums are split by threads, and another split rounds differently
     yield run
+    torch.set_num_threads(before)
     run.stdin.close()
     run.wait(timeout=30)
 
