@@ -20,13 +20,13 @@ from shotstream.cli import app
 from shotstream.config import PRESETS, Fast
 from shotstream.evaluation import fast as measured
 from shotstream.evaluation.fast import compare, likeness, psnr, ssim
-from shotstream.fast import beside, notes, read_decoder, with_decoder, write_decoder
+from shotstream.fast import LINEAR, beside, notes, read_decoder, with_decoder, write_decoder
 from shotstream.folder import ProjectError
 from shotstream.models.fp8 import Fp8Linear
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.pipeline import Pipeline, build, load
 from shotstream.session import Session
-from shotstream.train.recipe import LINEAR, RECIPES, export, run_stage
+from shotstream.train.recipe import RECIPES, export, run_stage
 
 BOTH = Fast(fp8=True, decoder=True)
 WEIGHTS = Path(shotstream.__file__).parent / "storybook" / "weights"

@@ -26,6 +26,7 @@ from shotstream.doctor import advising, doctor
 from shotstream.errors import FAILED, MISSING, USAGE, Failure, one_line_errors
 from shotstream.evaluation.commands import eval_app
 from shotstream.model_commands import models_app
+from shotstream.options import AllFast, Fp8, TinyDecoder
 from shotstream.project_commands import Resume, Shots, export, resumable, span
 from shotstream.server.commands import serve
 from shotstream.train.commands import ablate, train_app
@@ -116,13 +117,6 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Change the model's configuration: height=240, chunks=5, ..."),
 ]
-
-
-AllFast = Annotated[
-    bool, typer.Option("--fast", help="Approximate what can be, for speed: --fp8 and --tiny-decoder together.")
-]
-Fp8 = Annotated[bool, typer.Option("--fp8", help="Approximate: linears in 8-bit floats; faster on recent GPUs only.")]
-TinyDecoder = Annotated[bool, typer.Option("--tiny-decoder", help="Approximate: a small network draws the pictures.")]
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from shotstream.errors import FAILED, MISSING, USAGE, Failure, one_line_errors
+from shotstream.options import AllFast, Fp8, TinyDecoder
 
 
 def bench(
@@ -27,13 +28,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="On a GPU: compile the DiT's blocks, record its passes. Exact.")
     ] = False,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Approximate what can be: --fp8 and --tiny-decoder together.")
-    ] = False,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Approximate: linears in 8-bit floats.")] = False,
-    tiny_decoder: Annotated[
-        bool, typer.Option("--tiny-decoder", help="Approximate: a small network draws the pictures.")
-    ] = False,
+    fast: AllFast = False,
+    fp8: Fp8 = False,
+    tiny_decoder: TinyDecoder = False,
     predict: Annotated[
         bool, typer.Option("--predict", help="Only print what Wan at 480p should reach at given rates.")
     ] = False,

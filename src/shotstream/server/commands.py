@@ -13,6 +13,7 @@ import typer
 
 from shotstream.config import Fast
 from shotstream.errors import FAILED, MISSING, USAGE, Failure, one_line_errors
+from shotstream.options import AllFast, Fp8, TinyDecoder
 from shotstream.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -64,13 +65,9 @@ def serve(
             show_default="the model's own",
         ),
     ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Approximate what can be: --fp8 and --tiny-decoder together.")
-    ] = False,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Approximate: linears in 8-bit floats.")] = False,
-    tiny_decoder: Annotated[
-        bool, typer.Option("--tiny-decoder", help="Approximate: a small network draws the pictures.")
-    ] = False,
+    fast: AllFast = False,
+    fp8: Fp8 = False,
+    tiny_decoder: TinyDecoder = False,
     experimental: Annotated[bool, typer.Option(help="Allow `steer`: change the prompt inside a shot.")] = False,
 ) -> None:
     """Open the director's console: type a shot, watch it being made, redo, branch, keep."""

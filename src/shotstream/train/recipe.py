@@ -351,11 +351,8 @@ def _make_data(recipe: Recipe, task: DataConfig, root: Path) -> None:
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
         fit_vae(vae, task.fit)
-        save_file({n: t for n, t in vae.state_dict().items() if n in LINEAR}, path)
+        save_file({n: t for n, t in vae.state_dict().items() if n in fast.LINEAR}, path)
     write_shards(root / "data", _fitted(recipe, root), task.stories, "train", workers=task.workers)
-
-
-LINEAR = ("mean", "project", "unproject")
 
 
 def _fitted(recipe: Recipe, root: Path, tiny: bool = False) -> PatchVAE:
@@ -365,7 +362,7 @@ def _fitted(recipe: Recipe, root: Path, tiny: bool = False) -> PatchVAE:
         raise FileNotFoundError(f"{path}: run stage 'data' first")
     torch.manual_seed(0)
     vae = _autoencoder(recipe, tiny)
-    vae.load_state_dict({n: t for n, t in load_file(path).items() if n in LINEAR}, strict=False)
+    vae.load_state_dict({n: t for n, t in load_file(path).items() if n in fast.LINEAR}, strict=False)
     return vae
 
 
