@@ -180,6 +180,14 @@ def _short(stage: Stage) -> Stage:
     return dataclasses.replace(stage, runs=runs, task=task)
 
 
+def test_a_budget_is_set_for_one_stage_or_for_all() -> None:
+    recipe = ablation.overridden(RECIPES["storybook-smoke"], ["next.runs.steps=7", "runs.batch=3"])
+    assert recipe.stage("next").runs.steps == 7 != recipe.stage("ode").runs.steps
+    assert {stage.runs.batch for stage in recipe.stages} == {3}
+    with pytest.raises(ValueError, match="stps"):
+        ablation.overridden(recipe, ["next.runs.stps=7"])
+
+
 @pytest.mark.slow
 def test_the_table_is_made_and_goes_on(tmp_path: Path) -> None:
     recipe = tiny_recipe()

@@ -2,6 +2,7 @@
 
     shotstream ablate --out runs/ablation                                     everything, resumable
     shotstream ablate --out runs/ablation --base runs --row "first frame"     some rows, on stages that are there
+    shotstream ablate --out runs/ablation --set next.runs.steps=400           another budget, the same for every row
 
 Rows about the teacher train stage `next` from the same `shot` and are judged as teachers; rows about the student go on
 from there and are judged as students. A row differs from the chosen one in one thing. All tell the same stories.
@@ -32,7 +33,7 @@ from shotstream.train import processes
 from shotstream.train.dmd import DMDConfig
 from shotstream.train.model import Options
 from shotstream.train.ode import ODEConfig
-from shotstream.train.recipe import Recipe, fresh, load_weights, run_stage, trained_vae
+from shotstream.train.recipe import Recipe, Stage, fresh, load_weights, run_stage, trained_vae
 
 TEST_SEED = 95_000_000
 """First seed of the stories told: none of training, and none of the study's test stories."""
@@ -86,13 +87,15 @@ def ablate(
     stories: int = 100,
     seeds: Sequence[int] = (0, 1),
     overrides: Sequence[str] = (),
+    teacher_steps: int = 25,
 ) -> Path:
     """Train and judge `rows` (default: all) and write the table; returns its path (`.json` is beside it).
 
-    `base`: the folder of a recipe whose first stages are there already. Everything resumes. Raises ValueError for an
-    unknown row.
+    `base`: the folder of a recipe whose first stages are there already. `overrides`: `next.runs.steps=400` for one
+    stage, `runs.batch=16` for all. `teacher_steps`: of sampling. Everything resumes. Raises ValueError for an unknown
+    row or field.
     """
-    recipe = replace(recipe, stages=tuple(override(stage, list(overrides)) for stage in recipe.stages))
+    recipe = overridden(recipe, overrides)
     table = arms(recipe)
     if unknown := set(rows) - table.keys():
         raise ValueError(f"unknown row {unknown.pop()!r}; rows: {', '.join(table)}")
@@ -108,10 +111,25 @@ def ablate(
     if not processes.leads():
         return out / "ablation.md"
     pipelines = {name: _pipeline(recipe, table[name], folder(out, name)) for name in chosen}
-    told = {name: Row(_generate(recipe, table[name], pipeline)) for name, pipeline in pipelines.items()}
+    told = {name: Row(_generate(recipe, table[name], pipeline, teacher_steps)) for name, pipeline in pipelines.items()}
     worlds = [sample_world(TEST_SEED + i, "heldout") for i in range(stories)]
     report = study(told, worlds, out / "judged", seeds, models={name: p.revision for name, p in pipelines.items()})
     return write(report, {name: table[name] for name in chosen}, out)
+
+
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with overrides of the stages that they name, or of all if they name none."""
+    names = {stage.name for stage in recipe.stages}
+
+    def own(stage: Stage) -> list[str]:
+        parted = (text.partition(".") for text in overrides)
+        return [
+            rest if head == stage.name else head + dot + rest
+            for head, dot, rest in parted
+            if head == stage.name or head not in names
+        ]
+
+    return replace(recipe, stages=tuple(override(stage, own(stage)) for stage in recipe.stages))
 
 
 def folder(out: Path, row: str) -> Path:
@@ -151,10 +169,10 @@ def _pipeline(recipe: Recipe, arm: Arm, root: Path) -> Pipeline:
     return Pipeline(variant.config, model.dit, trained_vae(recipe, root), model.text, digest.hexdigest()[:12])
 
 
-def _generate(recipe: Recipe, arm: Arm, pipeline: Pipeline) -> Generate:
+def _generate(recipe: Recipe, arm: Arm, pipeline: Pipeline, teacher_steps: int) -> Generate:
     """How a row's model tells a story, living with its own past."""
     is_student = isinstance(recipe.stage(arm.stages[-1]).task, DMDConfig)
-    return generators(pipeline, pipeline)["model" if is_student else "teacher"].generate
+    return generators(pipeline, pipeline, teacher_steps)["model" if is_student else "teacher"].generate
 
 
 MEASURES = (("overall", "named"), ("overall", "free"), ("overall", "script"), ("cuts", "right"), ("drift", "free"))

@@ -124,7 +124,11 @@ def ablate(
     rows: Annotated[list[str] | None, typer.Option("--row", help="Some rows only.")] = None,
     stories: Annotated[int, typer.Option(min=2, help="Stories told by every row.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Noise seeds per story.")] = 2,
-    assignments: Set = None,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the rows about the teacher.")] = 25,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="next.runs.steps=100 (one stage), runs.batch=16 (all), ..."),
+    ] = None,
 ) -> None:
     """Train the alternatives that the paper ablates with equal budgets, judge them, and write a table."""
     from shotstream.train.ablation import ablate as run
@@ -133,7 +137,7 @@ def ablate(
         recipe = _recipe(preset)
         if not recipe.is_storybook:
             raise Failure(f"--preset {preset}: the judge reads storybook pictures; use storybook", USAGE)
-        task = partial(run, recipe, out, base, rows or (), stories, range(seeds), assignments or ())
+        task = partial(run, recipe, out, base, rows or (), stories, range(seeds), assignments or (), teacher_steps)
         print(_checked(task).read_text())
 
 
