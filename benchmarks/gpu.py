@@ -15,6 +15,7 @@ Numbers are written as they come, so a stage that is cut off leaves what it has.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ from shotstream.memory.store import BoundMemory, FrameStore
 from shotstream.models.attention import attention
 from shotstream.models.dit import DiT, Text, compile_blocks
 from shotstream.models.rope import Rotation
-from shotstream.models.vae import VAE, VAEConfig
+from shotstream.models.vae import VAE, VAEConfig, by_channels, compile_decoder
 from shotstream.pipeline import Pipeline
 
 
@@ -173,28 +174,44 @@ def fp8_product(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
 
 
 def decoder(bench: Bench) -> None:
-    """A latent frame becoming pictures: contiguous and channels-last, eager and compiled."""
+    """A latent frame becoming pictures: contiguous and channels-last, eager and compiled, and how exact each is.
+
+    error_ratio: distance to the same decoder in float32, over that of the plain way (exactness E1: about 1).
+    """
     _, height, width = bench.config.latent_shape
     latents = bench.random(1, 1, bench.config.dit.channels, height, width)
     torch.backends.cudnn.benchmark = True
-    for layout in (torch.contiguous_format, torch.channels_last_3d):
-        vae = bench.vae()
-        for weight in (w for w in vae.decoder.parameters() if w.ndim == 5 and layout == torch.channels_last_3d):
-            weight.data = weight.data.contiguous(memory_format=layout)
+    plain = bench.vae()
+    exact = torch.float64 if bench.dtype == torch.float32 else torch.float32
+    truth = second_frame(copy.deepcopy(plain).to(exact), latents)
+    before = (second_frame(plain, latents) - truth).square().mean().sqrt().clamp(min=1e-12)
+    work = flops.decode(bench.config.vae, height, width, first=False)
+    for innermost, compiled in ((False, False), (False, True), (True, False), (True, True)):
+        vae = copy.deepcopy(plain)
+        if innermost:
+            by_channels(vae.decoder)
+        if compiled:
+            vae.decoder.compile(dynamic=False, fullgraph=True, backend=bench.compiler)
+        begun = time.perf_counter()
+        error = (second_frame(vae, latents) - truth).square().mean().sqrt()
+        first = time.perf_counter() - begun
         _, state = vae.decode(latents)
-        _, state = vae.decode(latents, state)
-        for compiled in (False, True):
-            if compiled:
-                vae.decoder = torch.compile(vae.decoder, dynamic=False, backend=bench.compiler)  # type: ignore[assignment]
-            seconds = fastest(lambda vae=vae, state=state: vae.decode(latents, state), bench.clock)
-            work = flops.decode(bench.config.vae, height, width, first=False)
-            bench.lines.add(
-                "decode",
-                layout=str(layout).removeprefix("torch."),
-                compiled=compiled,
-                ms_per_latent_frame=round(seconds * 1e3, 3),
-                tflops=round(work / seconds / 1e12, 3),
-            )
+        seconds = fastest(lambda vae=vae, state=state: vae.decode(latents, state), bench.clock)
+        bench.lines.add(
+            "decode",
+            channels="innermost" if innermost else "outermost",
+            compiled=compiled,
+            ms_per_latent_frame=round(seconds * 1e3, 3),
+            tflops=round(work / seconds / 1e12, 3),
+            error_ratio=round((error / before).item(), 3),
+            first_s=round(first, 2),
+        )
+
+
+def second_frame(vae: VAE, latents: Tensor) -> Tensor:
+    """What a stream's second latent frame decodes to, float32 [1 4 3 h w]."""
+    _, state = vae.decode(latents)
+    return vae.decode(latents, state)[0]
 
 
 def blocks(bench: Bench) -> None:
@@ -262,8 +279,11 @@ def shots(bench: Bench) -> None:
     bench.lines.add("fast, eager", **measure(ours, settings))
     compile_blocks(ours.dit, bench.compiler)
     bench.lines.add("fast, compiled", **measure(ours, settings))
+    assert isinstance(ours.vae, VAE)
+    compile_decoder(ours.vae, bench.compiler)
+    bench.lines.add("fast, compiled, decoder too", **measure(ours, settings))
     record_passes(ours.dit, bench.capture)
-    bench.lines.add("fast, compiled, recorded", **measure(ours, settings))
+    bench.lines.add("fast, compiled, decoder too, recorded", **measure(ours, settings))
     if bench.device.type == "cuda":
         bench.lines.add("waits of the host in a chunk", count=waits(ours))
     bench.lines.add("ratios", **ratios.measure(replace(ours, dit=bench.dit()), 3, bench.config.chunks, rounds=1))

@@ -8,7 +8,7 @@ import torch
 from golden_weights import fill, uniform
 from torch import Tensor
 
-from shotstream.models.vae import VAE, CausalConv3d, VAEConfig, diffusers_names
+from shotstream.models.vae import VAE, CausalConv3d, VAEConfig, compile_decoder, diffusers_names
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "vae.npz")
 CONFIG = VAEConfig(
@@ -162,6 +162,19 @@ def test_a_state_lost_on_the_way_is_seen(vae, small):
 
 
 # -- precision, errors, files
+
+
+def test_a_compiled_decoder_streams_the_same_frames(small):
+    """Exactness E1, with the stream's state inside one graph. Tracing alone takes the compiler's way too."""
+    vae = VAE(VAEConfig(4, 4, (1, 2), 1, (True,), (0.0,) * 4, (1.0,) * 4))  # all kinds of layers, few of them
+    fill(vae)
+    vae.requires_grad_(False)
+    whole, _ = vae.decode(small)
+    compile_decoder(vae, "aot_eager")
+    frames = in_pieces(vae, small, 3)
+    assert torch.allclose(frames, whole, atol=1e-13)
+    assert torch.equal(frames, vae.decode(small)[0])
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in vae.decoder.parameters() if p.ndim == 5)
 
 
 def test_bfloat16_runs_and_answers_in_float32(latents, frames):

@@ -20,16 +20,22 @@ from torch import Tensor
 from shotstream.memory.store import BoundMemory, FrameStore, Rows
 from shotstream.models.dit import DiT, Level, Memory, Text, compile_blocks
 from shotstream.models.rope import Rotation, rotate
+from shotstream.models.vae import VAE, compile_decoder
 
 Replay = Callable[[], Tensor]
 Capture = Callable[[Replay], Replay]
 """Records work on fixed buffers. What it gives does it again, and returns the same tensor each time."""
 
 
-def accelerate(dit: DiT) -> DiT:
-    """The one switch: compile the blocks and record the passes of a network on a GPU, in place; else do nothing."""
+def accelerate(dit: DiT, vae: object = None) -> DiT:
+    """The one switch, for networks on a GPU, in place; elsewhere it does nothing.
+
+    The DiT's blocks are compiled and its passes recorded; the decoder is compiled if it is Wan's.
+    """
     if dit.device.type == "cuda":
         record_passes(compile_blocks(dit), cuda_graph)
+        if isinstance(vae, VAE):
+            compile_decoder(vae)
     return dit
 
 

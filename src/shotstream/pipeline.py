@@ -33,8 +33,9 @@ from shotstream.graphs import accelerate
 from shotstream.models import umt5, vae
 from shotstream.models.dit import DiT, by_columns
 from shotstream.models.fp8 import to_fp8
-from shotstream.models.patch_vae import PatchVAE, by_channels
+from shotstream.models.patch_vae import PatchVAE
 from shotstream.models.text import TextEncoder, Words
+from shotstream.models.vae import by_channels
 from shotstream.releases import Release
 from shotstream.storybook.captions import VOCABULARY, tokenize
 from shotstream.text_cache import TextCache
@@ -61,7 +62,8 @@ class Loading(TypedDict, total=False):
     lora: a LoRA to merge into the DiT.
     tell: told of downloads before they start, a line at a time; prints to stderr by default.
     fast: what to approximate for speed; nothing by default.
-    compiled: on a GPU, compile the DiT's blocks and record its passes; exact, and slow to start. Elsewhere nothing.
+    compiled: on a GPU, compile the DiT's blocks and Wan's decoder, and record the DiT's passes; exact, and slow to
+        start. Elsewhere nothing.
     """
 
     precision: Literal["reference", "fast"] | None
@@ -113,7 +115,7 @@ def load(model: str | Path = "storybook", device: str = "cpu", **how: Unpack[Loa
     """
     pipeline = _hastened(_exact(model, device, how), how.get("fast", EXACT), model, device)
     if how.get("compiled", False):
-        accelerate(pipeline.dit)
+        accelerate(pipeline.dit, pipeline.vae)
     return pipeline
 
 

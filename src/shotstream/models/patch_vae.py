@@ -142,13 +142,6 @@ class PatchVAE(nn.Module):
         return pictures.movedim(-1, 2)
 
 
-def by_channels(vae: PatchVAE) -> None:
-    """Lay out the weights of convolutions with channels innermost, as `draw` has its pictures: the same numbers."""
-    for layer in vae.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-
-
 def _cells(x: Tensor, weight: Tensor, bias: Tensor, side: int) -> Tensor:
     """Each cell of `x` [n k h w] draws `side` x `side` pixels, by rows (t c p q) of `weight`: float32 [n t H W c]."""
     order = {"t": STRIDE, "p": side, "q": side}

@@ -341,6 +341,25 @@ class VAE(nn.Module):
             yield x[:, :, start : start + self.temporal_stride]
 
 
+def compile_decoder(vae: VAE, backend: str = "inductor") -> VAE:
+    """Let torch compile the decoder, in place, with channels innermost in memory: for GPUs (performance class E1).
+
+    Norm, SiLU and `_Stream.join` become one pass over memory: what a convolution reads is written once, behind the
+    frames before it. `backend`: "aot_eager" traces and runs without generating code.
+    """
+    by_channels(vae.decoder)
+    vae.decoder.compile(dynamic=False, fullgraph=True, backend=backend)
+    return vae
+
+
+def by_channels(network: nn.Module) -> None:
+    """Lay out the weights of convolutions with channels innermost: what they answer lies so too. The same numbers."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            layout = torch.channels_last if isinstance(layer, nn.Conv2d) else torch.channels_last_3d
+            layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
+
+
 def _answer(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
