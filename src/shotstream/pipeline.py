@@ -214,7 +214,7 @@ def _read(path: Path, device: str, how: Loading) -> Pipeline:
             reason = str(error).splitlines()[1].strip()[:200]
             raise ModelError(f"{path}: weights do not fit its configuration: {reason}") from None
         network.requires_grad_(False).eval().to(device, getattr(torch, config.dtype))
-    by_channels(networks["vae"])  # type: ignore[arg-type]
+    by_channels(networks["vae"])
     if device == "cpu":
         by_columns(networks["dit"])  # type: ignore[arg-type]
     return Pipeline(config, networks["dit"], networks["vae"], networks["text"], revision)  # type: ignore[arg-type]
