@@ -181,11 +181,11 @@ def _short(stage: Stage) -> Stage:
 
 
 def test_a_budget_is_set_for_one_stage_or_for_all() -> None:
-    recipe = ablation.overridden(RECIPES["storybook-smoke"], ["next.runs.steps=7", "runs.batch=3"])
+    recipe = RECIPES["storybook-smoke"].overridden(["next.runs.steps=7", "runs.batch=3"])
     assert recipe.stage("next").runs.steps == 7 != recipe.stage("ode").runs.steps
     assert {stage.runs.batch for stage in recipe.stages} == {3}
     with pytest.raises(ValueError, match="stps"):
-        ablation.overridden(recipe, ["next.runs.stps=7"])
+        recipe.overridden(["next.runs.stps=7"])
 
 
 @pytest.mark.slow

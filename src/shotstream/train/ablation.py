@@ -14,13 +14,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shotstream.config import override
 from shotstream.evaluation.generators import generators
 from shotstream.evaluation.records import Generate
 from shotstream.evaluation.report import Report
@@ -33,7 +32,7 @@ from shotstream.train import processes
 from shotstream.train.dmd import DMDConfig
 from shotstream.train.model import Options
 from shotstream.train.ode import ODEConfig
-from shotstream.train.recipe import Recipe, Stage, fresh, load_weights, run_stage, trained_vae
+from shotstream.train.recipe import Recipe, fresh, load_weights, run_stage, trained_vae
 
 TEST_SEED = 95_000_000
 """First seed of the stories told: none of training, and none of the study's test stories."""
@@ -95,7 +94,7 @@ def ablate(
     stage, `runs.batch=16` for all. `teacher_steps`: of sampling. Everything resumes. Raises ValueError for an unknown
     row or field.
     """
-    recipe = overridden(recipe, overrides)
+    recipe = recipe.overridden(overrides)
     table = arms(recipe)
     if unknown := set(rows) - table.keys():
         raise ValueError(f"unknown row {unknown.pop()!r}; rows: {', '.join(table)}")
@@ -115,21 +114,6 @@ def ablate(
     worlds = [sample_world(TEST_SEED + i, "heldout") for i in range(stories)]
     report = study(told, worlds, out / "judged", seeds, models={name: p.revision for name, p in pipelines.items()})
     return write(report, {name: table[name] for name in chosen}, out)
-
-
-def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with overrides of the stages that they name, or of all if they name none."""
-    names = {stage.name for stage in recipe.stages}
-
-    def own(stage: Stage) -> list[str]:
-        parted = (text.partition(".") for text in overrides)
-        return [
-            rest if head == stage.name else head + dot + rest
-            for head, dot, rest in parted
-            if head == stage.name or head not in names
-        ]
-
-    return replace(recipe, stages=tuple(override(stage, own(stage)) for stage in recipe.stages))
 
 
 def folder(out: Path, row: str) -> Path:

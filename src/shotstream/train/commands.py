@@ -17,6 +17,10 @@ Out = Annotated[Path, typer.Option(help="Folder of the whole recipe; each stage 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="task.kind=next, runs.steps=100, ...")
 ]
+SetAny = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="next.runs.steps=100 (one stage), runs.batch=16 (all), ..."),
+]
 Chosen = Annotated[
     list[str] | None,
     typer.Option(
@@ -27,7 +31,7 @@ Chosen = Annotated[
 
 @train_app.command("all")
 def all_stages(
-    preset: Preset = "storybook", out: Out = Path("runs"), assignments: Set = None, options: Chosen = None
+    preset: Preset = "storybook", out: Out = Path("runs"), assignments: SetAny = None, options: Chosen = None
 ) -> None:
     """Run every stage of a recipe, skip what is finished, and write the model file."""
     from shotstream.train.recipe import run_all
@@ -125,10 +129,7 @@ def ablate(
     stories: Annotated[int, typer.Option(min=2, help="Stories told by every row.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Noise seeds per story.")] = 2,
     teacher_steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the rows about the teacher.")] = 25,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="next.runs.steps=100 (one stage), runs.batch=16 (all), ..."),
-    ] = None,
+    assignments: SetAny = None,
 ) -> None:
     """Train the alternatives that the paper ablates with equal budgets, judge them, and write a table."""
     from shotstream.train.ablation import ablate as run

@@ -9,6 +9,7 @@ Stage `name` lives in `<out>/<name>`; a stage that has reached its steps is skip
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -81,6 +82,16 @@ class Recipe:
     def chosen(self, options: Options) -> Recipe:
         """The same recipe with these options."""
         return dataclasses.replace(self, options=options, config=options.applied(self.config))
+
+    def overridden(self, overrides: Sequence[str]) -> Recipe:
+        """The same recipe with `next.runs.steps=400` in one stage, or `runs.batch=16` in all; strict."""
+        names = {stage.name for stage in self.stages}
+
+        def own(stage: Stage) -> list[str]:
+            named = [text.removeprefix(f"{stage.name}.") for text in overrides if text.startswith(f"{stage.name}.")]
+            return [text for text in overrides if text.partition(".")[0] not in names] + named
+
+        return dataclasses.replace(self, stages=tuple(override(stage, own(stage)) for stage in self.stages))
 
     @property
     def is_storybook(self) -> bool:
@@ -222,9 +233,13 @@ RECIPES: dict[str, Recipe] = {
 
 
 def run_all(recipe: Recipe, root: Path, overrides: list[str]) -> Path:
-    """Every stage that the student needs, in order, then the model file; returns its path."""
+    """Every stage that the student needs, in order, then the model file; returns its path.
+
+    `overrides`: as of `Recipe.overridden`.
+    """
+    recipe = recipe.overridden(overrides)
     for stage in recipe.needed():
-        run_stage(recipe, stage.name, root, overrides)
+        run_stage(recipe, stage.name, root, [])
     return export(recipe, recipe.student, root, root / f"{recipe.config.name}.safetensors")
 
 
