@@ -226,7 +226,7 @@ _SMOKE = dataclasses.replace(
 
 RECIPES: dict[str, Recipe] = {
     "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "stage1"),
-    "storybook-large": _storybook(PRESETS["storybook-large"], 4.0, 64, DataConfig(30_000), "pairs", "stage2"),
+    "storybook-large": _storybook(PRESETS["storybook-large"], 2.0, 64, DataConfig(20_000), "guided", "stage1"),
     "storybook-smoke": _storybook(_SMOKE, 0.03, 4, DataConfig(64, 24), "pairs", "stage2"),
     "wan-1.3b": _wan(PRESETS["wan-1.3b"]),
 }
