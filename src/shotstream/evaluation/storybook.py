@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shotstream.bench.machine import commit
 from shotstream.evaluation import statistics
 from shotstream.evaluation.pictures import draw_grid, draw_worst
 from shotstream.evaluation.records import LEDGER, ORIGIN, Generate, judge_row, origin, row_file
@@ -121,16 +121,7 @@ def _provenance(worlds: Sequence[World], seeds: Sequence[int], models: Mapping[s
         "bootstrap": {"resamples": statistics.RESAMPLES, "seed": statistics.SEED},
         "models": dict(models),
         "judge": judge_hash(),
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "machine": platform.platform(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _commit() -> str:
-    """The commit of the package, with a + when files have changed since; "unknown" outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
