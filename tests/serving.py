@@ -17,7 +17,7 @@ import httpx
 import psutil
 from websockets.sync.client import ClientConnection, connect
 
-PATIENCE = 60.0  # seconds; on a busy machine, importing torch takes long
+PATIENCE = 120.0  # seconds; on a busy machine, importing torch takes long
 
 
 class Server:
@@ -37,7 +37,7 @@ class Server:
         assert self.process.stdout
         line = self.process.stdout.readline()
         match = re.search(r"(http://[^/]+)/(?:\?token=([\w-]+))?", line)
-        assert match, line + self.process.communicate(timeout=10)[1]
+        assert match, line + self.process.communicate(timeout=PATIENCE)[1]
         self.url, self.token = match[1], match[2]
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
 

@@ -1,5 +1,6 @@
 """The benchmark: its arithmetic is what torch counts, its probe what happened, its baseline the same story."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -142,11 +143,21 @@ def rotate_like_ours(x, table):
 
 
 def test_with_the_same_rotation_the_naive_story_is_ours_to_the_last_bit(pipeline):
-    """Exactness E0: keys written in place, prompts read once and passes left out change no bit in five shots."""
+    """Exactness E0: keys written in place, prompts read once and passes left out change no bit in five shots.
+
+    With AVX2 a product of two rows rounds otherwise than one of many. There only nearly the same can be asked for.
+    """
     naive = naive_story(pipeline, 5, 3, rotate=rotate_like_ours)
     fast = fast_story(pipeline, 5, 3)
-    assert all(torch.equal(a, b) for a, b in zip(naive, fast, strict=True))
+    same = torch.equal if rows_are_steady() else functools.partial(torch.allclose, rtol=0, atol=2e-5)
+    assert all(same(a, b) for a, b in zip(naive, fast, strict=True))
     assert not torch.equal(fast[1], fast[2])
+
+
+def rows_are_steady() -> bool:
+    """Whether the rows of a product do not depend on how many there are."""
+    layer, x = torch.nn.Linear(64, 64), torch.randn(96, 64)
+    return all(torch.equal(layer(x[:rows]), layer(x)[:rows]) for rows in (2, 3, 6))
 
 
 def test_ours_is_no_farther_from_the_truth_than_the_naive_story(pipeline):
@@ -264,7 +275,9 @@ def test_bench_prints_a_table_and_writes_its_numbers(tmp_path):
     assert result["model"] == "tiny" and result["end_to_end"]["fps"] > 0
     assert f"{result['end_to_end']['fps']} frames/s" in done.output
     stages = result["stages_ms_per_shot"]
-    assert sum(stages.values()) == pytest.approx(1e3 * result["end_to_end"]["shot_s"], rel=0.01)
+    # To the digits that are told: ten thousandths of a second, and of each stage a thousandth of a millisecond.
+    rounding = 0.05 + 0.0005 * len(stages)
+    assert sum(stages.values()) == pytest.approx(1e3 * result["end_to_end"]["shot_s"], abs=rounding + 1e-6)
     assert stages["rest"] > 0
     assert not list(tmp_path.glob(".*"))
 

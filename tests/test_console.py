@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -231,6 +232,7 @@ def test_a_film_is_directed_by_mouse(server, open_page, tmp_path):
     shots(page).nth(2).click()
     page.get_by_role("slider", name="Place in the story").fill("0.3")
     slate(page, "Shot 1")
+    slate(page, "frame 4 of 9")
     page.get_by_role("button", name=re.compile("^Use the frame on screen in shot 3")).click()
     expect(page.locator("#memory .pinned.comes")).to_have_count(1)
     expect(page.locator("#memory .goes")).to_have_count(1)  # there are six places: one is pushed out, and told so
@@ -261,7 +263,7 @@ def test_a_film_is_directed_by_mouse(server, open_page, tmp_path):
 
 
 def _id(page: Page) -> str:
-    return page.url.partition("#")[2]
+    return page.evaluate("location.hash").removeprefix("#")
 
 
 def download(page: Page, name: str, folder: Path) -> Path:
@@ -342,7 +344,7 @@ def test_a_film_is_directed_by_keyboard_alone(server, open_page):
     expect(page.get_by_role("button", name=re.compile("^dawn"))).to_have_count(0)
 
     press("m")
-    expect(page.locator("#memory :focus")).to_have_count(1)
+    expect(page.locator("#memory:focus-within")).to_have_count(1)
     press("?")
     expect(page.get_by_role("dialog", name="Keyboard")).to_be_visible()
     press("Escape")
@@ -369,13 +371,160 @@ def test_a_dialog_that_closes_late_takes_nothing_from_the_next(server, open_page
         dialog.get_by_role("button", name=re.compile("^Story")).click()
 
 
-def test_no_letter_is_lost_after_the_key_for_a_shot(server, open_page):
+def test_no_letter_is_lost_after_the_key_for_a_field(server, open_page):
+    """Whoever types on without a pause does not wait for a busy browser to draw."""
+    slow = "window.requestAnimationFrame = (draw) => setTimeout(() => draw(performance.now()), 300)"
+    page = open_page(_finished(server), script=slow)
+    wait_done(page, 3)
+    page.get_by_role("heading", level=1).get_by_role("button").click()
+    for key, name, words in (
+        ("", "Title of the story", "Never"),
+        ("n", "Next shot", "A close-up"),
+        ("b", "Name of the branch after shot 1", "never"),
+        ("e", "What this shot shows", ""),
+    ):
+        field = page.get_by_role("textbox", name=name)
+        page.keyboard.type(key + words)
+        expect(field).to_be_focused()
+        expect(field).to_have_value(words or FIRST)
+        page.keyboard.press("Escape")
+        expect(page.locator("input:focus, textarea:focus")).to_have_count(0)
+
+
+class Held:
+    """Answers of the server to a page, kept back from `close` to `open`."""
+
+    def __init__(self, page: Page, pattern: str) -> None:
+        self.kept, self.closed = [], False
+        page.route(pattern, self._take)
+
+    def _take(self, route) -> None:
+        answer = route.fetch()
+        if self.closed:
+            self.kept.append((route, answer))
+        else:
+            route.fulfill(response=answer)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def open(self) -> None:
+        self.closed = False
+        while self.kept:
+            route, answer = self.kept.pop(0)
+            route.fulfill(response=answer)
+
+
+def test_an_answer_that_comes_late_moves_nothing(server, open_page):
+    """Neither the picture nor the focus nor the words of whoever has gone on meanwhile."""
+    page = open_page(server.session(title="Late answers"))
+    wait_done(page, 3)
+    answers = Held(page, "**/commands")
+    answers.close()
+    shots(page).nth(2).click()
+    page.keyboard.press("r")
+    expect(shots(page).nth(2)).to_have_accessible_name(re.compile("^Shot 3, done, 2 takes"))
+    shots(page).nth(0).click()
+    slate(page, "Shot 1")
+    answers.open()
+    page.get_by_role("button", name="Undo").click()  # is sent when the answer has been heard
+    expect(page.get_by_role("button", name="Redo edit")).to_be_enabled()
+    expect(page.get_by_role("button", name="Live", exact=True)).to_have_attribute("aria-pressed", "false")
+    slate(page, "Shot 1")
+
+    answers.close()
+    page.keyboard.press("e")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("The bear waves in the snow.")
+    page.keyboard.press("Enter")
+    page.keyboard.press("n")
+    page.keyboard.type("A close-up")
+    expect(shots(page).nth(0)).to_have_accessible_name(re.compile("^Shot 1, done, 2 takes.*waves"))
+    answers.open()
+    page.get_by_role("button", name="Undo").click()
+    expect(shots(page).nth(0)).to_have_accessible_name(re.compile("waving"))
+    box = page.get_by_role("textbox", name="Next shot")
+    expect(box).to_have_value("A close-up")
+    box.press("End")
+    page.keyboard.type(" of the bear")
+    expect(box).to_have_value("A close-up of the bear")
+
+
+def test_keys_pressed_at_once_are_done_one_after_the_other(server, open_page):
+    session = server.session(title="First")
+    server.command(session, "set_title", title="Second")
+    page = open_page(session)
+    heading = page.get_by_role("heading", level=1)
+    expect(heading.get_by_role("button", name="Second")).to_be_visible()
+    page.evaluate("""() => {
+        for (const key of "zZz") document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+    }""")
+    expect(heading.get_by_role("button", name="First")).to_be_visible()
+    expect(page.get_by_role("button", name="Undo")).to_be_disabled()
+    assert page.locator(".notice").count() == 0
+    page.get_by_role("button", name="Redo edit").click()
+    expect(heading.get_by_role("button", name="Second")).to_be_visible()
+
+
+def test_a_take_that_loads_slowly_does_not_cover_the_live_picture(server, open_page):
+    session = server.session(None, title="Slow take")
+    page = open_page(session)
+    expect(page.locator(".word")).to_contain_text("An empty story")
+    for caption in (FIRST, SECOND):
+        server.command(session, "cut", caption=caption, chunks=1)
+    wait_done(page, 2)
+    slate(page, "Shot 2")
+    expect(page.locator(".word")).to_contain_text("The story so far")
+    takes = Held(page, "**/takes/*.mp4")
+    takes.close()
+    shots(page).first.click()
+    page.keyboard.press("l")
+    page.wait_for_timeout(100)  # the take is asked for
+    takes.open()
+    page.wait_for_function("() => [...document.querySelectorAll('.view video')].some((v) => v.readyState >= 2)")
+    page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+    slate(page, "Shot 2")
+
+
+def test_an_export_arrives_though_its_dialog_was_closed(server, open_page):
     page = open_page(_finished(server))
     wait_done(page, 3)
-    shots(page).first.click()
-    page.keyboard.press("n")
-    page.keyboard.type("A close-up")  # without a pause
-    expect(page.get_by_role("textbox", name=re.compile("^(First|Next) shot$"))).to_have_value("A close-up")
+    page.keyboard.press("x")
+    answers = Held(page, "**/export")
+    answers.close()
+    page.get_by_role("dialog", name="Export").get_by_role("button", name=re.compile("^Story")).click()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    with page.expect_download():
+        answers.open()
+
+
+def test_a_session_is_deleted_at_once_though_a_chunk_is_under_way(server):
+    session = server.session(None, title="Deleted")
+    worker = server.worker
+    worker.suspend()
+    try:
+        server.command(session, "cut", caption=FIRST)
+        address = f"{server.url}api/v1/sessions/{session}"
+        with urllib.request.urlopen(urllib.request.Request(address, method="DELETE"), timeout=30) as answer:
+            assert answer.status == 204
+        assert session not in [told["id"] for told in server.call("api/v1/sessions")]
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            server.document(session)
+    finally:
+        worker.resume()
+    while not [path for path in (server.home / ".trash").glob("*") if path.name.startswith(session)]:
+        threading.Event().wait(0.1)
+    assert not (server.home / session).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there threads have a policy")
+def test_opening_an_encoder_leaves_the_servers_priority(server):
+    """SVT-AV1 makes real-time threads where it may, as root may; what they start would starve the browser."""
+    server.wait_ready()
+    assert "codecs" in server.call("api/v1/info")
+    for process in (server.process.pid, server.worker.pid):
+        assert os.sched_getscheduler(process) == os.sched_getscheduler(0)
 
 
 def tab_to(page: Page, target) -> None:
@@ -412,6 +561,7 @@ def test_branches_are_told_by_their_takes(server, open_page):
     server.command(session, "cut", caption="A wide shot of the bear on the beach at sunset.", chunks=1)
     expect(shots(page).nth(2)).to_have_accessible_name(re.compile("^Shot 3, done.*beach"))
     server.command(session, "checkout", name="main")
+    expect(page.get_by_role("button", name=re.compile("^main"))).to_have_attribute("aria-pressed", "true")
     main, dusk = (page.get_by_role("list", name=f"Takes of {name}") for name in ("main", "dusk"))
     expect(main.get_by_role("button")).to_have_count(3)
     expect(dusk.get_by_role("listitem")).to_have_count(3)
@@ -444,6 +594,12 @@ def test_a_take_is_put_into_the_story_while_comparing(server, open_page):
     shots(page).nth(2).click()
     page.keyboard.press("c")
     expect(page.get_by_label("Left take")).to_have_value(first)
+    page.keyboard.press("c")
+    page.get_by_role("button", name="See take 1", exact=True).click()
+    slate(page, "take 1 of 2")
+    page.keyboard.press("c")  # the older one is on the left, whichever is on the screen
+    expect(page.get_by_label("Left take")).to_have_value(first)
+    expect(page.get_by_label("Right take")).to_have_value(second)
     page.locator(".view").first.get_by_role("button", name="Use").click()
     expect(page.get_by_role("region", name="Shot", exact=True).get_by_role("button", name="Use take 2")).to_be_visible()
     assert server.document(session)["shots"][2]["take"] == first != second
@@ -458,14 +614,16 @@ def test_a_story_is_renamed_in_place(server, open_page):
     expect(field).to_be_focused()
     page.keyboard.type("After")  # the old words are selected, and so replaced
     page.keyboard.press("Enter")
-    expect(heading).to_have_accessible_name("After")
+    after = heading.get_by_role("button", name="After")
+    expect(after).to_be_visible()
     assert server.document(session)["title"] == "After"
-    heading.get_by_role("button").click()
+    after.click()
     page.keyboard.type("Never")
+    expect(field).to_have_value("Never")
     page.keyboard.press("Escape")
-    expect(heading).to_have_accessible_name("After")
+    expect(after).to_be_visible()
     page.get_by_role("button", name="Undo").click()
-    expect(heading).to_have_accessible_name("Before")
+    expect(heading.get_by_role("button", name="Before")).to_be_visible()
 
 
 def test_what_is_being_made_can_be_held_steered_and_stopped(server, open_page):
@@ -503,19 +661,18 @@ def test_what_is_being_made_can_be_held_steered_and_stopped(server, open_page):
 @pytest.mark.slow
 def test_every_export_arrives_and_opens(server, open_page, tmp_path):
     session = server.session(title="Exported")
-    page = open_page(session)
+    # Chromium may refuse what the page fetches long after a click: here that is only counted, and the links are used.
+    page = open_page(session, script="window.fetched = 0; HTMLAnchorElement.prototype.click = () => window.fetched++")
     wait_done(page, 3)
     page.get_by_role("button", name="Export", exact=True).click()
     dialog, files = page.get_by_role("dialog", name="Export"), {}
     names = ("MP4 video", "WebM video", "GIF", "Contact sheet", "Story", "Whole project")
     for count, name in enumerate(names, 1):
+        dialog.get_by_role("button", name=re.compile(f"^{name}")).click()
+        expect(dialog.get_by_role("link", name="Download")).to_have_count(count)
+        assert page.evaluate("window.fetched") == count
         with page.expect_download() as waiting:
-            dialog.get_by_role("button", name=re.compile(f"^{name}")).click()
-        links = dialog.get_by_role("link", name="Download")
-        expect(links).to_have_count(count)
-        if waiting.value.failure():  # Chromium may refuse what begins long after a click
-            with page.expect_download() as waiting:
-                dialog.locator("li", has_text=name).get_by_role("link", name="Download").click()
+            dialog.get_by_role("list", name="Exports").locator("li", has_text=name).get_by_role("link").click()
         files[name] = tmp_path / waiting.value.suggested_filename
         waiting.value.save_as(files[name])
     titles = [f"{i}. {caption}" for i, caption in enumerate([FIRST, SECOND, THIRD], 1)]
@@ -582,10 +739,10 @@ def test_a_killed_worker_is_told_of_and_the_shot_is_made_again(server, open_page
         worker.kill()
         expect(page.get_by_role("alert")).to_contain_text("The worker was killed")
         page.get_by_role("button", name="Dismiss").click()
+    server.wait_ready()  # until then that is what the player tells of
     expect(page.locator(".word")).to_contain_text("Shot 1 failed")
     expect(page.locator(".word")).to_contain_text("each time this shot was made")
     expect(shots(page).first).to_have_accessible_name(re.compile("^Shot 1, failed"))
-    server.wait_ready()
     page.get_by_role("button", name="Try again").click()
     wait_done(page, 1)
 
@@ -604,6 +761,7 @@ def test_words_survive_somebody_elses_edit(server, open_page):
 
 
 def test_the_queue_is_edited_before_it_acts(server, open_page):
+    open_page.expected += ["status of 422"]  # the memory of a shot may be asked for while that is being deleted
     session = server.session()
     page = open_page(session)
     wait_done(page, 3)
@@ -625,8 +783,10 @@ def test_the_queue_is_edited_before_it_acts(server, open_page):
     expect(shots(page).nth(3)).to_have_accessible_name(re.compile("city"))
     story = page.get_by_role("textbox", name="The whole story")
     story.fill("A tale of a duck.")
+    use = page.get_by_role("button", name="Use from the next shot on")
+    expect(use).to_be_visible()
     story.press("Enter")
-    expect(page.get_by_role("button", name="Use from the next shot on")).to_have_count(0)
+    expect(use).to_have_count(0)
     document = server.document(session)
     assert [shot["global_caption"] for shot in document["shots"]] == ["A story about a bear."] * 3 + [
         "A tale of a duck."
@@ -778,6 +938,7 @@ def test_without_sockets_there_is_http(server, open_page):
       send() {}
     }"""
     page = open_page(server.session(None, title="Http"), script=dead)
+    page.wait_for_event("response", lambda response: "as=fetch" in response.url)  # a late one would miss the shots
     page.get_by_role("textbox", name="First shot").fill(FIRST)
     page.get_by_role("button", name="Add shot").click()
     wait_done(page, 1)
@@ -827,11 +988,16 @@ def test_views_keep_what_stays(server, open_page):
           render(root, "text", h("p", { hidden: true, class: null, "aria-label": "x" }, "one", false, ["two"]));
           const [text, element] = root.childNodes;
           const kept = [text.data, element.textContent, element.getAttributeNames().sort().join(" ")];
+          root.tabIndex = -1;
+          render(root, h("p", {}, h("input", {})));
+          root.querySelector("input").focus();
+          render(root, h("b", {}));
+          const near = document.activeElement === root;
           root.remove();
-          return [focused, b.value, order, ...kept];
+          return [focused, b.value, order, ...kept, near];
         }"""
     )
-    assert kept == [True, "typed", "dcb", "text", "onetwo", "aria-label hidden"]
+    assert kept == [True, "typed", "dcb", "text", "onetwo", "aria-label hidden", True]
 
 
 def test_the_page_is_small_plain_and_its_own():
@@ -849,7 +1015,7 @@ def test_the_page_is_small_plain_and_its_own():
 
 def test_every_command_can_be_given_and_every_key_does_something():
     text = {path.name: path.read_text() for path in STATIC.glob("*.js")}
-    sent = set(re.findall(r'send\(\s*"(\w+)"', text["director.js"]))
+    sent = set(re.findall(r'(?:send|make|#say)\(\s*"(\w+)"', text["director.js"]))
     assert sent == {*OPS, "steer"}
     methods = set(
         re.findall(r"^  (?:async )?(\w+)\(", text["director.js"] + text["player.js"] + text["dialogs.js"], re.M)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from serving import PATIENCE, wait_for
 from typer.testing import CliRunner, Result
 from wan_files import CHANGES, SET, dit_weights, lora_of, small_config, write_base, write_release
 
@@ -190,11 +190,9 @@ def test_a_pull_that_is_killed_goes_on(fake, repositories, tmp_path, end):
     fake.stop_after, fake.silent = 1_000_000, True
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": fake.url, "HF_HUB_OFFLINE": "0"}
     process = subprocess.Popen([sys.executable, "-c", PULL, *SET], env=env, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 50
-    while not any(size >= 900_000 for size in parts()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: any(size >= 900_000 for size in parts()))
     process.send_signal(end)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     fake.heal()
     if end == signal.SIGINT:
         assert process.returncode == 130 and "the same command goes on from there" in said.splitlines()[-1]

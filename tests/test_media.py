@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import os
+from pathlib import Path
 
 import av
 import numpy as np
@@ -140,11 +142,21 @@ def test_an_encoder_that_is_not_there_or_answers_late_is_passed_over(monkeypatch
     media._coder.cache_clear()
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="priorities of threads are read from Linux's /proc")
+@pytest.mark.parametrize("codec", [*CODERS])
+def test_no_thread_is_given_real_time_priority(codec):
+    """SVT-AV1 does that, run by root: everything else on the machine would wait for it."""
+    ours = os.sched_getscheduler(0)
+    encoder = Encoder(codec, SIZE, FPS)
+    list(encoder.encode(np.zeros((3, SIZE[1], SIZE[0], 3), np.uint8), 0, True))
+    assert {os.sched_getscheduler(int(path.name)) for path in Path("/proc/self/task").iterdir()} == {ours}
+
+
 # Viewers
 
 
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 5))
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
 async def drain(viewer: Viewer) -> list:

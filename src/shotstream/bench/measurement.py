@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def tell(pipeline: Pipeline, clock: Clock, shots: int, chunks: int) -> dict[str,
     session = _session(pipeline, WARM + shots, chunks)
     ends, frames, before = list[float](), 0, 0
     with probe.watch():
-        for chunk in session.stream():
+        for chunk in islice(session.stream(), (WARM + shots) * chunks):  # without what is read ahead for one more
             ends.append(clock.settled())
             if chunk.shot.index == WARM - 1 and chunk.is_last:
                 probe.spans.clear()

@@ -319,12 +319,12 @@ class VAE(nn.Module):
                 f"these are b f c h w = {tuple(latents.shape)}: pass state=None to start a new stream"
             )
         mean, inverse_std = self._statistics()
-        z = self.conv2(latents.to(mean.dtype).transpose(1, 2) / inverse_std + mean)
+        z = latents.to(mean.dtype).transpose(1, 2) / inverse_std + mean
         tails = None if state is None else state.tails
         frames = []
-        for piece in z.split(1, dim=2):
+        for piece in z.split(1, dim=2):  # each as if it came alone: products of other sizes may round differently
             stream = _Stream(tails)
-            frames.append(_answer(self.decoder(piece, stream)).clamp(-1, 1))
+            frames.append(_answer(self.decoder(self.conv2(piece.contiguous()), stream)).clamp(-1, 1))
             tails = stream.tails
         assert tails is not None
         return torch.cat(frames, dim=2).transpose(1, 2), DecoderState(tails)

@@ -10,8 +10,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -39,6 +43,7 @@ from shotstream.server.fmp4 import (
 
 _GROUP = 3  # frames of a fragment: a quarter second at 12 frames per second; the fewer, the sooner seen
 _BT709 = 1
+_THREADS = "/proc/self/task"  # of this process, other libraries' too
 
 
 @dataclass(frozen=True)
@@ -189,8 +194,25 @@ def _open(coder: Coder, size: tuple[int, int], fps: int) -> Any:
     context.colorspace = context.color_primaries = context.color_trc = _BT709
     context.flags |= Flags.global_header
     context.options = coder.options
-    context.open()
+    with _same_priority():
+        context.open()
     return context
+
+
+@contextmanager
+def _same_priority() -> Iterator[None]:
+    """Keep real-time priority off: SVT-AV1, where it may, gives it to whoever opens it and to all threads it starts."""
+    if sys.platform != "linux":
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    before = {*os.listdir(_THREADS)} - {str(threading.get_native_id())}
+    try:
+        yield
+    finally:
+        for thread in {*os.listdir(_THREADS)} - before:
+            with suppress(ProcessLookupError):  # it has ended
+                os.sched_setscheduler(int(thread), policy, priority)
 
 
 def _picture(frame: np.ndarray, size: tuple[int, int], number: int) -> av.VideoFrame:

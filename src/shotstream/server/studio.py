@@ -24,6 +24,7 @@ from shotstream.server.refusals import LimitReached, NotReady, Unknown
 from shotstream.story import Story, StoryError
 from shotstream.video import display_scale
 
+DELETE_SECONDS = 1.0  # a deletion is waited for, but no longer: a chunk may be under way
 IDLE_SECONDS = 1800.0  # until a session that nobody watches is put away
 
 
@@ -70,6 +71,7 @@ class Studio:
         self._known = asyncio.Event()  # the model, or that there is none
         self._locks: dict[str, asyncio.Lock] = {}  # of sessions that are opened or put away
         self._expected: dict[str, tuple[Path, Story | None]] = {}  # what the command line named, by id
+        self._deleted: dict[str, asyncio.Task[None]] = {}  # sessions that end: nobody is told of them any more
         self._closed = False
 
     # From the application
@@ -86,7 +88,7 @@ class Studio:
             return
         self._closed = True
         self._sweeper.cancel()
-        await asyncio.gather(*(live.close() for live in self.lives.values()))
+        await asyncio.gather(*(live.close() for live in self.lives.values()), *self._deleted.values())
         self.lives.clear()
         await self.pool.close()
 
@@ -134,11 +136,17 @@ class Studio:
     def list(self) -> list[dict[str, Any]]:
         """All sessions, open or on disk, the one changed last first."""
         folders = {path.name: (path, None) for path in self.home.iterdir() if is_project(path)} | self._expected
-        found = [_summary(id, path, story, self.lives.get(id)) for id, (path, story) in folders.items()]
+        found = [
+            _summary(id, path, story, self.lives.get(id))
+            for id, (path, story) in folders.items()
+            if id not in self._deleted
+        ]
         return sorted(found, key=lambda summary: summary["changed"], reverse=True)
 
     async def session(self, id: str) -> Live:
         """The session, opened if it is on disk. Raises Unknown, NotReady or LimitReached."""
+        if id in self._deleted:
+            raise Unknown(f"session {id!r} is deleted")
         if live := self.lives.get(id):
             return live
         path, story = self._expected.get(id, (self.home / id, None))
@@ -170,14 +178,24 @@ class Studio:
         return id
 
     async def delete(self, id: str) -> None:
-        """End a session and move its folder to the trash. A folder that lies elsewhere stays."""
+        """End a session and move its folder to the trash. A folder that lies elsewhere stays.
+
+        It is gone for everybody at once; its folder, when the chunk under way is done.
+        """
         live = await self.session(id)
-        await self._put_away(live)
         self._expected.pop(id, None)
-        if live.folder.path == self.home / id:
+        task = self._deleted[id] = asyncio.create_task(self._trash(live))
+        task.add_done_callback(lambda _: self._deleted.pop(id))
+        done, _ = await asyncio.wait({task}, timeout=DELETE_SECONDS)
+        for ended in done:
+            ended.result()
+
+    async def _trash(self, live: Live) -> None:
+        await self._put_away(live)
+        if live.folder.path == self.home / live.id:
             trash = self.home / ".trash"
             trash.mkdir(exist_ok=True)
-            live.folder.path.rename(trash / f"{id}-{time.time_ns() // 1_000_000}")
+            live.folder.path.rename(trash / f"{live.id}-{time.time_ns() // 1_000_000}")
 
     async def _open(
         self, id: str, path: Path, story: Story | None = None, seed: int | None = None, title: str | None = None

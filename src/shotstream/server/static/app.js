@@ -50,11 +50,9 @@ function open(document) {
   player.open(document.id);
   store.events = new Events(document.id, {
     event: (event) => say(store.receive(event)),
-    open: async (again) => {
+    open(again) {
       store.set({ connection: { state: "open" } });
-      if (!again) return;
-      say("Connected again");
-      await director.refresh(); // a restarted server counts its events anew
+      if (again) say("Connected again");
     },
     lost(wait) {
       const news = store.connection.state !== "lost";
@@ -153,7 +151,7 @@ function title(doc) {
     maxlength: 200,
     autocomplete: "off",
     "aria-label": "Title of the story",
-    ref: (input) => (input.value = doc.title),
+    ref: (input) => (input.value = store.editing.title),
     onfocus: ({ target }) => target.select(),
     onblur: ({ target }) => act("titled", target.value.trim()),
     onkeydown: ({ key, target, isComposing }) => {

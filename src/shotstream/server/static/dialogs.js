@@ -23,7 +23,9 @@ export class Dialogs {
     Object.assign(this, { store, begin });
     this.element = document.getElementById("dialog");
     this.element.onclose = () => this.element.open || (this.#view = null); // told late
-    this.element.onclick = ({ target }) => target === this.element && this.close(); // the backdrop
+    this.element.onclick = ({ target }) => {
+      if (target === this.element) this.close(); // the backdrop; `false` would stop what a link does
+    };
     store.subscribe(() => this.draw());
   }
 
@@ -38,6 +40,7 @@ export class Dialogs {
   }
 
   draw() {
+    for (const [job, what] of this.#begun) this.#fetch(job, what);
     if (!this.#view) return;
     const { title, view } = this.#view;
     const head = h("header", {},
@@ -90,25 +93,24 @@ export class Dialogs {
     this.store.changed();
   }
 
-  /** A job's line; a finished one is fetched at once, and stays to be fetched again. */
+  /** What is finished is fetched at once, and stays to be fetched again. */
+  #fetch(id, what) {
+    if (what.fetched || this.store.jobs[id]?.phase !== "done") return;
+    what.fetched = true;
+    const link = Object.assign(document.createElement("a"), { href: exportFile(what.session, id), download: "" });
+    document.body.append(link);
+    link.click();
+    link.remove();
+  }
+
   #job(id, what) {
     const job = this.store.jobs[id] ?? {};
-    const failed = job.phase === "failed";
-    const done = !failed && job.progress >= 1;
-    const address = exportFile(what.session, id);
-    if (done && !what.fetched) {
-      what.fetched = true;
-      const link = Object.assign(document.createElement("a"), { href: address, download: "" });
-      document.body.append(link);
-      link.click();
-      link.remove();
-    }
     const left = job.eta_s > 0.5 ? `, ${seconds(job.eta_s)} left` : "";
     return h("li", { key: id },
       h("span", {}, what.name),
-      done
-        ? h("a", { key: "link", href: address, download: "" }, icon("export"), "Download")
-        : failed
+      job.phase === "done"
+        ? h("a", { key: "link", href: exportFile(what.session, id), download: "" }, icon("export"), "Download")
+        : job.phase === "failed"
           ? h("span", { key: "failed", class: "error", role: "alert" }, job.message ?? "It could not be written.")
           : [h("progress", { key: "bar", max: 1, value: job.progress ?? 0, "aria-label": `Writing ${what.name}` }), h("span", { key: "share", class: "quiet" }, `${percent(job.progress ?? 0)}${left}`)],
     );

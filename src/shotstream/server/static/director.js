@@ -3,9 +3,12 @@
 import { Refused, api } from "./api.js";
 import { cannotSteer, suggestion } from "./composer.js";
 import { pinTarget } from "./memory-strip.js";
+import { byAge } from "./store.js";
 import { isPlanned } from "./timeline.js";
 
 export class Director {
+  #sending = Promise.resolve(); // the last command, until there is news of it
+
   constructor(store, player, dialogs) {
     Object.assign(this, { store, player, dialogs });
     this.act = this.act.bind(this);
@@ -20,27 +23,48 @@ export class Director {
   // ---- sending
 
   /**
-   * Send a command. Returns null when it was taken, else why not, in a sentence; `tell` also shows that sentence.
-   * `shown`: the command was made looking at this document; if it has changed meanwhile, the server refuses.
+   * Send a command, after those before it. Returns null when it was taken and the document tells so, else why not, in
+   * a sentence; `tell` also shows that sentence. `fields`: or what makes them when it is its turn; none: not sent.
    */
-  async send(op, fields = {}, { tell = true, shown = null } = {}) {
+  send(op, fields = {}, tell = true) {
     const at = performance.now();
+    const answer = this.#sending.then(() => this.#send(at, op, fields, tell));
+    this.#sending = answer.catch(() => {});
+    return answer;
+  }
+
+  async #send(at, op, fields, tell) {
+    const { store } = this;
     try {
-      const revision = shown == null ? {} : { if_revision: shown };
-      const { command } = await api.command(this.store.document.id, op, { ...fields, ...revision });
-      this.store.sent(command, at);
+      const what = fields instanceof Function ? fields() : fields;
+      if (!what) return null;
+      const { command, revision } = await api.command(store.document.id, op, what);
+      store.sent(command, at);
+      await store.until(revision);
       return null;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      if (error.status === 409) await this.refresh();
       if (tell) this.tell(error.message, "bad");
       return error.message;
     }
   }
 
-  async refresh() {
-    const document = await api.document(this.store.document.id).catch(() => null);
-    if (document) this.store.receive({ type: "document", ...document });
+  /** Send a command that lets something be made, and go live, unless one looks elsewhere meanwhile. */
+  async make(...command) {
+    const { player } = this;
+    const followed = player.followsLive;
+    player.followsLive = true;
+    const refused = await this.send(...command);
+    if (!player.followsLive) return refused;
+    if (refused) player.followsLive = followed;
+    else player.goLive();
+    return refused;
+  }
+
+  /** Focus this now: no key may be lost. */
+  #focus(selector) {
+    this.store.show();
+    document.querySelector(selector)?.focus();
   }
 
   tell(text, tone = "plain") {
@@ -61,51 +85,45 @@ export class Director {
   // ---- writing
 
   new() {
-    focus("next-caption");
+    this.#focus("#next-caption");
   }
 
-  async add() {
+  add() {
+    const { caption, chunks, seed, pins } = this.store.next;
+    if (!caption.trim()) return this.new();
+    this.store.selected = null; // the page follows the picture again
+    return this.#say("cut", { caption: caption.trim(), chunks, pins, ...(seed && { seed: Number(seed) }) });
+  }
+
+  /** The words leave the field at once, and come back if they are not taken. Returns whether they are. */
+  async #say(op, fields) {
     const draft = this.store.next;
-    const words = draft.caption.trim();
-    if (!words) return this.new();
-    const fields = { caption: words, ...(draft.chunks && { chunks: draft.chunks }), ...(draft.seed && { seed: Number(draft.seed) }), ...(draft.pins?.length && { pins: draft.pins }) };
-    // The words leave the field at once and come back if the server does not take them.
     this.store.write("next", null);
-    const refused = await this.send("cut", fields, { tell: false });
-    if (refused) {
-      const typed = this.store.next.caption;
-      this.store.write("next", { ...draft, caption: typed ? `${draft.caption} ${typed}` : draft.caption, error: refused });
-    } else {
-      this.store.set({ selected: null }); // the page follows the picture again
-      this.player.goLive();
-    }
+    const error = await this.make(op, fields, false);
+    if (error) this.store.write("next", { ...draft, caption: `${draft.caption} ${this.store.next.caption}`.trim(), error });
+    return !error;
   }
 
   /** Experimental: the shot being made goes on with the words in the field, from its next part on. */
   async steer() {
     const why = cannotSteer(this.store);
     if (why) return this.tell(why);
-    const draft = this.store.next;
-    const { number } = this.store.running;
-    if (await this.send("steer", { caption: draft.caption.trim() })) return;
-    this.store.write("next", null);
-    this.tell(`Shot ${number} goes on with these words.`);
-    this.player.goLive();
+    const { next, running } = this.store;
+    if (await this.#say("steer", { caption: next.caption.trim() })) this.tell(`Shot ${running.number} goes on with these words.`);
   }
 
   suggest() {
     this.store.write("next", { ...this.store.next, caption: suggestion(this.store) });
-    focus("next-caption");
+    this.new();
   }
 
   async sendGlobal() {
     const caption = (this.store.draft("global") ?? this.store.document.global_caption).trim();
     if (caption === this.store.document.global_caption) return this.cancelGlobal();
-    const refused = await this.send("set_global", { caption }, { tell: false });
+    const refused = await this.send("set_global", { caption }, false);
     this.store.write("globalError", refused);
     if (refused) return;
-    await this.refresh();
-    this.store.write("global", null);
+    if (this.store.draft("global")?.trim() === caption) this.store.write("global", null);
     this.tell("It holds from the next shot on. Shots that are made keep the words they were made with.");
   }
 
@@ -120,31 +138,32 @@ export class Director {
     this.store.set({ selected: shot.id });
     const { caption, chunks } = shot;
     if (!this.store.draft(`edit ${shot.id}`)) this.store.write(`edit ${shot.id}`, { caption, chunks, was: caption });
-    focus("edit-caption");
+    this.#focus("#edit-caption");
   }
 
   async sendEdit() {
-    const shot = this.current;
+    const { store, current: shot } = this;
     const name = `edit ${shot.id}`;
-    const draft = this.store.draft(name);
+    const draft = store.draft(name);
     const caption = draft.caption.trim();
     const changes = {
       ...(caption !== shot.caption && { caption }),
       ...(draft.chunks !== shot.chunks && { chunks: draft.chunks }),
       ...(draft.seed && { seed: Number(draft.seed) }),
     };
-    if (!Object.keys(changes).length) return this.cancel();
-    const refused = await this.send("edit", { shot: shot.id, ...changes }, { tell: false, shown: this.store.document.revision });
-    if (refused) return this.store.write(name, { ...draft, error: refused });
-    this.store.write(name, null);
-    focus(`shot-${shot.id}`, ".shots");
-    this.player.goLive();
+    store.write(name, null);
+    this.#focus(".shots");
+    if (!Object.keys(changes).length) return;
+    const error = await this.make("edit", { shot: shot.id, ...changes, if_revision: store.document.revision }, false);
+    if (!error) return;
+    store.write(name, { ...draft, ...store.draft(name), error });
+    if (document.activeElement.matches(".shots")) this.#focus("#edit-caption");
   }
 
   cancel() {
-    if (this.store.editing) return this.store.set({ editing: null });
-    if (this.current) this.store.write(`edit ${this.current.id}`, null);
-    focus(null, ".shots");
+    if (this.store.editing) this.store.set({ editing: null });
+    else if (this.current) this.store.write(`edit ${this.current.id}`, null);
+    this.#focus(".shots");
   }
 
   // ---- shots
@@ -176,19 +195,19 @@ export class Director {
     this.select(shots[Math.min(Math.max(from + by, 0), shots.length - 1)]?.id);
   }
 
-  async redo() {
+  redo() {
     const shot = this.current;
     if (!shot) return this.tell("Choose a shot to redo.");
     this.store.set({ selected: shot.id });
-    if (!(await this.send("redo", { shot: shot.id }))) this.player.goLive();
+    return this.make("redo", { shot: shot.id });
   }
 
-  async regenerate() {
-    if (!(await this.send("regenerate", { shots: "stale" }))) this.player.goLive();
+  regenerate() {
+    return this.make("regenerate");
   }
 
-  async remake(shot) {
-    if (!(await this.send("regenerate", { shots: [shot] }))) this.player.goLive();
+  remake(shot) {
+    return this.make("regenerate", { shots: [shot] });
   }
 
   async useTake(id) {
@@ -200,16 +219,17 @@ export class Director {
     this.player.cue(shot, { take, play: true });
   }
 
-  move(shot, to) {
-    return this.send("move", { shot, to });
+  move(shot, by) {
+    const to = () => Math.min(Math.max(1, this.store.shot(shot)?.number + by), this.store.shots.length);
+    return this.send("move", () => ({ shot, to: to() }));
   }
 
   earlier() {
-    return this.move(this.current.id, Math.max(1, this.current.number - 1));
+    return this.move(this.current.id, -1);
   }
 
   later() {
-    return this.move(this.current.id, Math.min(this.store.shots.length, this.current.number + 1));
+    return this.move(this.current.id, 1);
   }
 
   async delete(id = this.store.selected) {
@@ -217,7 +237,7 @@ export class Director {
     if (!shot || !isPlanned(shot)) return this.tell("Only planned shots can be deleted. Branch before it instead.");
     const near = this.store.shots[shot.number] ?? this.store.shots[shot.number - 2];
     if (await this.send("delete", { shot: id })) return;
-    this.store.set({ selected: near?.id ?? null });
+    this.store.selected ??= near?.id;
     this.tell(`Shot ${shot.number} is deleted. Undo brings it back.`);
   }
 
@@ -272,37 +292,36 @@ export class Director {
     let suggestion = "what-if";
     for (let n = 2; taken.includes(suggestion); n++) suggestion = `what-if-${n}`;
     this.store.set({ editing: { branch: null, shot: shot?.id, suggestion } });
-    focus("branch-name");
+    this.#focus("#branch-name");
   }
 
   retitle() {
     this.store.set({ editing: { title: this.store.document.title } });
-    focus("title");
+    this.#focus("#title");
   }
 
   async titled(title) {
     const { editing, document } = this.store;
     if (editing?.title == null) return;
     this.store.set({ editing: null });
-    if (title && title !== document.title) await this.send("set_title", { title });
+    if (title && title !== document.title && (await this.send("set_title", { title }))) this.store.set({ editing: { title } });
   }
 
   rename(name) {
     this.store.set({ editing: { branch: name, suggestion: name } });
-    focus("branch-name");
+    this.#focus("#branch-name");
   }
 
   async named(name) {
     const { branch, shot } = this.store.editing;
-    this.store.set({ editing: null });
-    focus(null, ".shots");
+    this.cancel();
     if (branch === name) return;
     const refused = branch
-      ? await this.send("rename_branch", { name: branch, to: name }, { tell: false })
-      : await this.send("branch", { name, ...(shot && { at: shot }) }, { tell: false });
+      ? await this.send("rename_branch", { name: branch, to: name }, false)
+      : await this.send("branch", { name, ...(shot && { at: shot }) }, false);
     if (refused) {
       this.store.set({ editing: { branch, shot, error: refused, suggestion: name } });
-      focus("branch-name");
+      this.#focus("#branch-name");
     } else if (!branch) this.tell(`You are on ${name} now. The other branches stay as they are.`);
   }
 
@@ -311,24 +330,25 @@ export class Director {
   }
 
   undo() {
-    return this.store.document.undo ? this.send("undo") : this.tell("There is nothing to undo.");
+    return this.send("undo", () => (this.store.document.undo ? {} : this.tell("There is nothing to undo.")));
   }
 
   redoEdit() {
-    return this.store.document.redo ? this.send("redo_edit") : this.tell("Nothing was undone.");
+    return this.send("redo_edit", () => (this.store.document.redo ? {} : this.tell("Nothing was undone.")));
   }
 
   // ---- making
 
-  async play() {
-    if (!(await this.send("play"))) this.player.goLive();
+  play() {
+    return this.make("play");
   }
 
   pause() {
     return this.send("pause");
   }
 
-  hold() {
+  async hold() {
+    await this.#sending;
     return this.store.document.status === "paused" ? this.play() : this.pause();
   }
 
@@ -344,20 +364,23 @@ export class Director {
     if (this.player.feed.ahead > 1) this.player.feed.catchUp();
   }
 
-  /** These two takes; or the one on the screen beside the story's in its place; or the last two of the shot. */
+  /** These two takes; or the story's, beside the one on the screen in its place or else its shot's; the older left. */
   compare(left, right) {
     const { player, store } = this;
     if (left) return player.compare(left, right);
     if (player.mode === "compare") return player.endCompare();
-    const seen = store.take(player.frame?.take);
-    const told = seen && store.shots[seen.number]?.take;
-    if (told && told !== seen.id) return player.compare(told, seen.id);
-    const shot = this.current;
-    const takes = shot ? store.takes(shot.id).map(({ id }) => id) : [];
-    if (takes.length < 2) return this.tell("Comparing needs a shot with two takes. Redo one, then compare.");
-    store.set({ selected: shot.id });
-    const used = takes.indexOf(shot.take);
-    return used > 0 ? player.compare(takes[used - 1], takes[used]) : player.compare(...takes.slice(-2));
+    const seen = store.take(player.take);
+    const told = store.take(store.shots[seen?.number]?.take);
+    let pair = [told, seen];
+    if (!told || told === seen) {
+      const shot = this.current;
+      const takes = shot ? store.takes(shot.id) : [];
+      if (takes.length < 2) return this.tell("Comparing needs a shot with two takes. Redo one, then compare.");
+      store.set({ selected: shot.id });
+      const used = takes.indexOf(store.take(shot.take));
+      pair = used < 0 ? takes.slice(-2) : [takes[used], takes[used - 1] ?? takes.at(-1)];
+    }
+    return player.compare(...byAge(pair).map(({ id }) => id));
   }
 
   // ---- elsewhere
@@ -376,15 +399,4 @@ export class Director {
     if (document.activeElement?.matches("input, textarea, select")) return document.activeElement.blur();
     this.store.set({ editing: null, notice: null });
   }
-}
-
-/** Focus an element now, so that no key is lost, and after the views are drawn; or what `fallback` selects. */
-function focus(id, fallback) {
-  document.getElementById(id)?.focus();
-  requestAnimationFrame(() =>
-    requestAnimationFrame(() => {
-      const element = (id && document.getElementById(id)) ?? document.querySelector(fallback ?? "#none");
-      (element?.role === "option" ? element.closest("[role=listbox]") : element)?.focus();
-    }),
-  );
 }

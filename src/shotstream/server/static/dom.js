@@ -37,7 +37,12 @@ function patchChildren(parent, nodes) {
   const keyed = withKeys(nodes);
   parent.shown = new Map();
   // What goes, goes first: what stays is then mostly in its place, and moving a focused element would blur it.
-  for (const [key, element] of old) if (!keyed.has(key)) element.remove();
+  for (const [key, element] of old) {
+    if (keyed.has(key)) continue;
+    const focused = element.contains(document.activeElement);
+    element.remove();
+    if (focused) parent.closest("[tabindex]")?.focus(); // near by, not at the top of the page
+  }
   let place = parent.firstChild;
   for (const [key, node] of keyed) {
     const element = old.get(key) ?? create(node, parent);

@@ -60,6 +60,11 @@ export class Player {
     return this.store.document?.model.fps ?? 12;
   }
 
+  /** The take on the screen, or about to be. */
+  get take() {
+    return (this.#aim ?? this.#now).take;
+  }
+
   /** The frame on the screen: `{shot, take, frame}`, or null without a picture. */
   get frame() {
     return this.#now.shot ? this.#now : null;
@@ -89,9 +94,10 @@ export class Player {
   }
 
   goLive() {
+    this.#drop();
+    for (const { video } of this.#views) video.pause();
     this.mode = "live";
     this.followsLive = true;
-    this.#front.video.pause();
     this.feed.play();
     const last = this.segments.at(-1);
     if (this.feed.hasPicture) this.#liveFrame(this.live.currentTime);
@@ -163,11 +169,13 @@ export class Player {
 
   /** Two takes side by side, in step. */
   async compare(...takes) {
+    const wanted = this.#drop();
     this.mode = "compare";
     this.followsLive = false;
     this.#compared = takes;
     const views = this.#views;
     await Promise.all(views.map((view, i) => this.#load(view, takes[i])));
+    if (wanted !== this.#wanted) return;
     for (const { video } of views) video.currentTime = 0;
     this.#playBoth(true);
   }
@@ -196,8 +204,14 @@ export class Player {
     this.feed.pause();
   }
 
+  /** What was asked for and is not on the screen yet shall not come. */
+  #drop() {
+    this.#aim = null;
+    return ++this.#wanted;
+  }
+
   async #show({ shot, take }, frame, play) {
-    const wanted = ++this.#wanted;
+    const wanted = this.#drop();
     this.#aim = { shot, take, frame };
     let view = this.#front;
     if (view.take !== take) {
@@ -235,8 +249,7 @@ export class Player {
   }
 
   #unload() {
-    this.#wanted++;
-    this.#aim = null;
+    this.#drop();
     for (const view of [this.#front, this.#back]) {
       view.take = null;
       view.video.removeAttribute("src");
@@ -331,6 +344,7 @@ export class Player {
       this.store.seen(marker.shot);
     }
     if (this.mode !== "live") return;
+    this.#drop();
     this.#now = { shot: marker.shot, take: marker.take, frame: this.#frameAt(time - marker.t0) };
     this.paint();
   }
@@ -390,8 +404,8 @@ export class Player {
     if (!this.store.document) return;
     const showsLive = this.mode === "live" && this.feed.hasPicture;
     this.screen.dataset.mode = showsLive ? "live" : this.mode === "compare" ? "compare" : "replay";
-    this.#front.video.parentElement.classList.toggle("front", true);
-    this.#back.video.parentElement.classList.toggle("front", false);
+    this.#front.video.parentElement.classList.add("front");
+    this.#back.video.parentElement.classList.remove("front");
     this.#paintBar();
     this.#paintWords();
     this.#paintButtons();

@@ -11,6 +11,7 @@ export class Store {
   #listeners = new Set();
   #scheduled = false;
   #names = new Map();
+  #waiting = []; // for news
 
   constructor() {
     this.forget();
@@ -47,14 +48,18 @@ export class Store {
   }
 
   changed() {
+    for (const heard of this.#waiting.splice(0)) heard();
     if (this.#scheduled) return;
     this.#scheduled = true;
     // A hidden tab gets no animation frames, and should not work through hours of them when it comes back.
     const soon = document.hidden ? (run) => setTimeout(run, 250) : requestAnimationFrame;
-    soon(() => {
-      this.#scheduled = false;
-      for (const listener of this.#listeners) listener(this);
-    });
+    soon(() => this.#scheduled && this.show());
+  }
+
+  /** Let every view show what has changed, now. */
+  show() {
+    this.#scheduled = false;
+    for (const listener of this.#listeners) listener(this);
   }
 
   // ---- the document
@@ -70,6 +75,13 @@ export class Store {
     const said = RECEIVE[event.type]?.call(this, event);
     this.changed();
     return said;
+  }
+
+  /** Until the document is at least this new, or there is no news to wait for. */
+  async until(revision) {
+    while (this.document?.revision < revision && this.connection.state === "open") {
+      await new Promise((heard) => this.#waiting.push(heard));
+    }
   }
 
   get shots() {
@@ -102,8 +114,7 @@ export class Store {
 
   /** Every take of a shot, on any branch, oldest first. */
   takes(shot) {
-    const all = Object.values(this.document?.takes ?? {}).filter((take) => take.shot === shot);
-    return all.sort((a, b) => String(a.created).localeCompare(String(b.created)));
+    return byAge(Object.values(this.document?.takes ?? {}).filter((take) => take.shot === shot));
   }
 
   /** Which take of its shot this is. */
@@ -230,6 +241,9 @@ const RECEIVE = {
     return message;
   },
 };
+
+/** Takes, oldest first. */
+export const byAge = (takes) => takes.sort((a, b) => a.created.localeCompare(b.created));
 
 function read(storage, key) {
   try {

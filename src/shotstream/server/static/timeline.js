@@ -148,7 +148,7 @@ function keydown(event, store, act) {
   const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: shots.length - 1 }[event.key];
   if (event.key === "Enter" && shot) act("playShot", shot.id);
   else if (event.key === "Delete" && shot) act("delete", shot.id);
-  else if (event.altKey && to != null && shot && shots[to]) act("move", shot.id, to + 1);
+  else if (event.altKey && to != null && shot) act("move", shot.id, to - at);
   else if (to != null) act("select", shots[Math.min(Math.max(to, 0), shots.length - 1)]?.id);
   else return;
   event.preventDefault();
