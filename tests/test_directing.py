@@ -315,6 +315,21 @@ def test_stop_keeps_what_there_is_and_play_makes_the_shot_again(pipeline, refere
     assert shown(session) == reference
 
 
+def test_a_steered_shot_is_stopped_as_any_other(pipeline, tmp_path):
+    """What there is of it has a name of its own, and still is what was made of this shot."""
+    session = Session(pipeline, Story(shots=[{"id": "long", "caption": "the bear sits", "chunks": 4}]), tmp_path)
+    for chunk in session.stream():
+        session.steer("a blue duck at night")
+        if chunk.index == 1:
+            session.stop()
+    assert states(session) == "stopped"
+    (partial,) = session.project.takes.values()
+    assert partial.partial and partial.steered and partial.chunks == 2
+    session.close()
+    with Session(pipeline, project=tmp_path) as again:
+        assert states(again) == "stopped"
+
+
 def test_commands_come_from_other_threads_and_do_not_wait(pipeline):
     """Ten are carried out while a chunk is being made, which waits for them; ten more at any time."""
     session, done = Session(pipeline, STORY), threading.Event()

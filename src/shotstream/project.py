@@ -29,7 +29,7 @@ from shotstream.memory.plan import Frame, MemoryPolicy
 from shotstream.memory.policies import choose, rehearse
 from shotstream.memory.policies.dual_buffer import DualBuffer
 from shotstream.plan import BARE, Branch, Place, Plan, State, laid_out
-from shotstream.records import CommandError, Model, Request, Still, Take, after, digest, pasts
+from shotstream.records import CommandError, Model, Request, Still, Take, after, digest, pasts, steered_id
 from shotstream.story import FILE_LIMIT, SHOT_LIMIT, Shot, ShotMemory, Story, StoryError
 
 __all__ = ["OPS", "CommandError", "Model", "Project", "Request", "Still", "Take"]
@@ -159,7 +159,10 @@ class Project:
             return "running"
         if self.playing:
             return "queued"
-        return "failed" if take in self.failures else "stopped" if take in self.takes else "planned"
+        if take in self.failures:
+            return "failed"
+        cut_off = any(known.id == steered_id(take, known.steered) for known in self.takes.values())
+        return "stopped" if cut_off else "planned"
 
     def state(self, index: int) -> State:
         """The state of a shot of the head."""

@@ -134,7 +134,7 @@ class Request:
         another prompt was read from there on.
         """
         return Take(
-            id=digest(self.take, list(map(list, steered))) if steered else self.take,
+            id=steered_id(self.take, steered),
             shot=self.shot,
             number=self.number,
             parent=self.line[-1] if self.line else None,
@@ -154,6 +154,11 @@ class Request:
             timings={name: round(seconds, 4) for name, seconds in timings.items()},
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
+
+
+def steered_id(take: str, steered: Sequence[tuple[int, str]]) -> str:
+    """The id of what a requested take becomes if it is steered so."""
+    return digest(take, list(map(list, steered))) if steered else take
 
 
 def digest(*parts: object) -> str:
