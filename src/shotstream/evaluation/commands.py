@@ -61,7 +61,7 @@ def storybook(
 ) -> None:
     """Generate stories, read them back by the judge, and report accuracy and memory with 95 % intervals."""
     from shotstream.evaluation.generators import generators
-    from shotstream.evaluation.storybook import ledger_file, study
+    from shotstream.evaluation.storybook import ledger_file, print_progress, study
 
     with one_line_errors():
         if unknown := set(rows or ()) - set(ROWS):
@@ -78,7 +78,9 @@ def storybook(
             models |= {"teacher": guide.revision, "teacher steps": str(teacher_steps)}
         ledger = None if validation else ledger_file(out)
         try:
-            report = study({row: chosen[row] for row in wanted}, worlds, out, seed or [0], _progress, models, ledger)
+            report = study(
+                {row: chosen[row] for row in wanted}, worlds, out, seed or [0], print_progress, models, ledger
+            )
         except ValueError as error:
             raise Failure(str(error), USAGE) from None
         print(report.markdown(("overall",)))
@@ -102,6 +104,7 @@ def fast(
     import torch
 
     from shotstream.evaluation.fast import WAYS, measure, table
+    from shotstream.evaluation.storybook import print_progress
     from shotstream.film import DeviceError, find_device
     from shotstream.pipeline import ModelError, load
     from shotstream.storybook.world import sample_world
@@ -123,7 +126,7 @@ def fast(
             _check_readable(exact, f"{model!r} (--stories 0 leaves the judge out)")
         worlds = [sample_world(VALIDATION_SEED + i, "train") for i in range(stories)]
         out.mkdir(parents=True, exist_ok=True)
-        result = measure(exact, pipelines, out, worlds, _progress)
+        result = measure(exact, pipelines, out, worlds, print_progress)
         (out / "fast.json").write_text(json.dumps(result, indent=1) + "\n")
         print(table(result))
 
@@ -170,7 +173,7 @@ def stages_of_a_recipe(
     """What each stage of a recipe adds to the one before, paired by story, and how they drift over long stories."""
     from shotstream.evaluation.generators import generators
     from shotstream.evaluation.stages import exported, write
-    from shotstream.evaluation.storybook import ledger_file, study
+    from shotstream.evaluation.storybook import ledger_file, print_progress, study
 
     with one_line_errors():
         worlds = _worlds(stories, shots, split, validation)
@@ -181,7 +184,7 @@ def stages_of_a_recipe(
             rows = {name: generators(pipeline)["model"] for name, pipeline in pipelines.items()}
             models = {name: pipeline.revision for name, pipeline in pipelines.items()}
             ledger = None if validation else ledger_file(out)
-            report = study(rows, worlds, out, range(seeds), _progress, models, ledger)
+            report = study(rows, worlds, out, range(seeds), print_progress, models, ledger)
         except ValueError as error:
             raise Failure(str(error), USAGE) from None
         except FileNotFoundError as error:
@@ -226,8 +229,3 @@ def _default_teacher(model: str) -> Pipeline | None:
 
     path = Path(str(files("shotstream") / "storybook" / "weights" / "storybook-teacher.safetensors"))
     return _load(str(path)) if model == "storybook" and path.exists() else None
-
-
-def _progress(row: str, done: int, total: int) -> None:
-    if done % 10 == 0 or done == total:
-        print(f"{row}: {done} of {total} stories", flush=True)

@@ -26,6 +26,12 @@ Progress = Callable[[str, int, int], None]
 """Hears (row, stories done, stories in all)."""
 
 
+def print_progress(row: str, done: int, total: int) -> None:
+    """A line for every ten stories."""
+    if done % 10 == 0 or done == total:
+        print(f"{row}: {done} of {total} stories", flush=True)
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of the report: who generates, and whether noise has a part in it (else one seed says all)."""

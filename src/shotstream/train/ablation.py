@@ -24,7 +24,7 @@ from shotstream.evaluation.generators import generators
 from shotstream.evaluation.records import Generate
 from shotstream.evaluation.report import Report
 from shotstream.evaluation.statistics import Interval
-from shotstream.evaluation.storybook import Row, study
+from shotstream.evaluation.storybook import Row, print_progress, study
 from shotstream.models.text import Words
 from shotstream.pipeline import Pipeline
 from shotstream.storybook.world import sample_world
@@ -112,7 +112,9 @@ def ablate(
     pipelines = {name: _pipeline(recipe, table[name], folder(out, name)) for name in chosen}
     told = {name: Row(_generate(recipe, table[name], pipeline, teacher_steps)) for name, pipeline in pipelines.items()}
     worlds = [sample_world(TEST_SEED + i, "heldout") for i in range(stories)]
-    report = study(told, worlds, out / "judged", seeds, models={name: p.revision for name, p in pipelines.items()})
+    report = study(
+        told, worlds, out / "judged", seeds, print_progress, models={name: p.revision for name, p in pipelines.items()}
+    )
     return write(report, {name: table[name] for name in chosen}, out)
 
 
