@@ -441,6 +441,19 @@ def test_phase_is_the_released_float32_product() -> None:
     assert DualBuffer(turn=0.0).phase(5) == 0.0
 
 
+@pytest.mark.parametrize("finished", [0, 3, 6, 7, 19, 100])
+def test_with_a_highest_phase_late_shots_look_like_the_seventh(finished: int) -> None:
+    """Only differences of phases are kept, which is all that attention sees."""
+    whole, low = shot(DualBuffer(), finished), shot(DualBuffer(highest=6), finished)
+    if finished <= 6:
+        assert low == whole
+        return
+    turns = [[round(6 * key[3]) for key in calls[1]["keys"]] for calls in (whole, low)]
+    assert turns[1] == [turn - (finished - 6) for turn in turns[0]]
+    assert (min(turns[1]), max(turns[1])) == (0, 6)
+    assert {q[1] for q in low[1]["queries"]} == {DualBuffer().phase(6)}
+
+
 def shot(policy: DualBuffer, finished: int) -> list[dict[str, Any]]:
     return Driver(policy, NoiseSchedule(), shots=[81] * finished).run(2)
 

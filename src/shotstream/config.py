@@ -180,7 +180,7 @@ _STORYBOOK = Config(
     vae=PatchVAEConfig(),
     text=WordsConfig(dim=192, heads=3),
     schedule=NoiseSchedule(steps=(1000, 750, 500, 250), shift=3.0),
-    policy=DualBuffer(limit=None, first_shot="empty"),
+    policy=DualBuffer(limit=None, first_shot="empty", highest=6),
     spatial_stride=16,
     dtype="float32",
 )

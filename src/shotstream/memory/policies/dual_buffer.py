@@ -2,7 +2,9 @@
 
 Positions restart at every cut: context at 0..5, the shot's own frames from 6 on. An extra angle on all
 temporal pairs, the phase, tells the frames of different shots apart. Defaults follow the released weights;
-`remainder="last"` is the paper's rule; `first_shot="empty"` is ours, for weights trained without zeros.
+`remainder="last"` is the paper's rule; `first_shot="empty"` is ours, for weights trained without zeros, and so is
+`highest`: attention sees differences of phases alone, but absolute positions (`DiTConfig.absolute`) have learned those
+of short stories. With it later shots shift theirs down together, and the hundredth shot looks like the seventh.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ class DualBuffer(MemoryPolicy):
 
     budget: int = 6  # context frames; the shot's own positions start here, also when there is no context
     turn: float = 1 / 6  # phase per shot, radian; 0 = off
+    highest: int | None = None  # the highest phase, in turns; None = as many as there are shots (released)
     remainder: Remainder = "spread"  # who gets what `budget` leaves over when divided by the finished shots
     first_shot: Literal["zeros", "empty"] = "zeros"  # context of a story's first shot: zero latents, or none
     pins: tuple[tuple[int, int], ...] = ()  # (shot, picture) that must be context of the next shot; ours
@@ -44,11 +47,12 @@ class DualBuffer(MemoryPolicy):
         context = [frame for frame in call.readable if frame.role == "context"]
         # The release counts on from the last context frame: zeros (shot 0) give the first shot flag 1.
         flag = context[-1].shot + 1 if context else call.new[0].shot
+        down = 0 if self.highest is None else max(0, flag - self.highest)
 
         def place(frame: Frame) -> Place:
             if frame.role == "context":  # the rule never reaches back further than `budget` shots, but a pin may
-                return Place(frame, frame.index, self.phase(max(frame.shot, flag - self.budget)))
-            return Place(frame, self.budget + frame.offset, self.phase(flag))
+                return Place(frame, frame.index, self.phase(max(frame.shot, flag - self.budget) - down))
+            return Place(frame, self.budget + frame.offset, self.phase(flag - down))
 
         return Plan(tuple(map(place, call.new)), tuple(map(place, call.readable)))
 
