@@ -139,7 +139,7 @@ def test_the_id_of_a_take_names_the_model_and_how_it_works():
 
 def test_ids_do_not_change_with_the_program():
     """Folders of earlier versions hold takes by these names."""
-    project = Project(MODEL, Story.parse(STORY))
+    project = Project(MODEL, Story.parse(STORY), policy=DualBuffer(limit=None, first_shot="empty"))
     make(project)
     assert list(project.takes) == GOLDEN_IDS
 

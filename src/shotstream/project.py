@@ -220,7 +220,7 @@ class Project:
             "model": [config.name, self.model.revision, config.dtype, config.latent_shape, config.prompt],
             "loras": [lora.model_dump() for lora in place.shot.loras],
             "sampler": asdict(self.schedule),
-            "policy": [type(self.policy).__name__, asdict(self.policy)],
+            "policy": [type(self.policy).__name__, _settings(self.policy)],
             "past": past,
             "captions": [global_caption, caption],
             "seed": told.seed_at(0),
@@ -670,3 +670,8 @@ def _reason(error: ValidationError) -> str:
     """What is wrong first."""
     first = error.errors(include_url=False)[0]
     return str(first.get("ctx", {}).get("error", first["msg"]))
+
+
+def _settings(policy: MemoryPolicy) -> dict[str, Any]:
+    """What takes are named by. One that earlier versions did not have is left out where it is off: names stay."""
+    return {name: value for name, value in asdict(policy).items() if (name, value) != ("highest", None)}
