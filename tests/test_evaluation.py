@@ -151,6 +151,17 @@ def test_nobody_recognised_is_wrong_and_no_reference() -> None:
     assert score(first, "script", "shirt") == (3, 3)
 
 
+def test_recognised_by_kind_of_shot() -> None:
+    kinds = {name: score(story(), "recognised", name) for name in GROUPS["recognised"].names}
+    assert sum(hits for hits, _ in kinds.values()) == sum(asked for _, asked in kinds.values()) == 4
+    for k, script in enumerate(STORY.shots):
+        kind = "pair" if len(script.cast) == 2 else script.framing
+        kind = "moving" if kind == "wide" and script.action in ("walk", "jump", "dance") else kind
+        gone = story(readings=with_shot(k, lambda r: replace(r, cast=r.cast[1:])))
+        hits, asked = kinds[kind]
+        assert score(gone, "recognised", kind) == (hits - 1, asked)
+
+
 def test_cuts_within_a_frame() -> None:
     late = story(found=(21, 43, 60, 70))
     assert score(late, "cuts", "found") == (2, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from shotstream.data.batch import Share
 from shotstream.data.storybook import Stories
 from shotstream.errors import Failure
 from shotstream.pipeline import load
-from shotstream.storybook.world import sample_world
-from shotstream.train import checkpoint, ode
+from shotstream.storybook.draw import Rendered
+from shotstream.storybook.world import ShotScript, World, sample_world
+from shotstream.train import autoencoder, checkpoint, ode
 from shotstream.train.checkpoint import File
 from shotstream.train.draws import Draws
 from shotstream.train.network import Network
@@ -165,17 +167,44 @@ def test_batches_are_shared(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([h.words[h.index] for h in halves]), whole.words[whole.index])
 
 
-def test_pairs_of_characters_are_shown_more_often_when_asked_for(tmp_path: Path) -> None:
+def is_pair(script: ShotScript) -> bool:
+    return len(script.cast) == 2
+
+
+def is_small_motion(script: ShotScript) -> bool:
+    return script.framing == "wide" and script.action in ("walk", "jump", "dance")
+
+
+@pytest.mark.parametrize(("asked", "shows"), [("pairs", is_pair), ("moving", is_small_motion)])
+def test_what_is_hard_is_shown_more_often_when_asked_for(
+    tmp_path: Path, asked: str, shows: Callable[[ShotScript], bool]
+) -> None:
     folder = write_stories(tmp_path / "stories", stories=40)
     rng = np.random.default_rng(0)
     rates = []
     for share in (0.0, 0.5):
-        stories = Stories(folder, load("tiny").text, pairs=share)
+        stories = Stories(folder, load("tiny").text, **{asked: share})
         chosen = [stories._pick(rng, "next", None) for _ in range(400)]
         assert all(0 < shot < len(sample_world(stories.seeds[story]).shots) for story, shot in chosen)
-        rates.append(np.mean([len(sample_world(stories.seeds[s]).shots[n].cast) == 2 for s, n in chosen]))
+        rates.append(np.mean([shows(sample_world(stories.seeds[s]).shots[n]) for s, n in chosen]))
     usual = rates[0]
-    assert rates[1] == pytest.approx(0.5 + 0.5 * usual, abs=0.1) and usual < 0.3
+    assert rates[1] == pytest.approx(0.5 + 0.5 * usual, abs=0.1) and usual < 0.4
+
+
+def test_the_autoencoder_sees_more_of_what_moves_when_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[ShotScript] = []
+
+    def note(world: World, shot: int) -> Rendered:
+        drawn.append(world.shots[shot])
+        return Rendered(np.zeros((5, 32, 32, 3), np.uint8), np.zeros((5, 32, 32), np.bool_))
+
+    monkeypatch.setattr(autoencoder, "render_shot", note)
+    for share in (0.0, 0.5):
+        drawn.clear()
+        autoencoder.batch(np.random.default_rng(0), 300, 0, moving=share)
+        rate = np.mean([is_small_motion(script) for script in drawn])
+        assert (rate < 0.4) if share == 0 else rate == pytest.approx(0.5 + 0.5 * usual, abs=0.1)
+        usual = rate
 
 
 def test_a_history_that_no_story_has(tmp_path: Path) -> None:

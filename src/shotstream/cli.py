@@ -160,7 +160,7 @@ def generate(
             raise Failure("--resume: of which project? add --project DIR", USAGE)
         loading: Loading = {"precision": _precision(precision), "text_device": text_device, "offload": offload}
         loading |= {"overrides": set_ or (), "release": release, "lora": lora}
-        loading["fast"] = Fast(fp8=fast or fp8, decoder=fast or tiny_decoder)
+        loading["fast"] = Fast.chosen(fast, fp8, tiny_decoder)
         film = _plan(tale, model, device, str(story), loading, policy)
         told = report(json_events, dry_run)
         for warning in film.warnings():

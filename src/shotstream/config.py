@@ -99,6 +99,11 @@ class Fast:
     fp8: bool = False
     decoder: bool = False
 
+    @classmethod
+    def chosen(cls, everything: bool, fp8: bool, decoder: bool) -> Fast:
+        """What the options `--fast`, `--fp8` and `--tiny-decoder` ask for."""
+        return cls(everything or fp8, everything or decoder)
+
     @property
     def names(self) -> tuple[str, ...]:
         """What is on, in words; empty if all is exact."""

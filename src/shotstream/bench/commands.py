@@ -67,7 +67,7 @@ def bench(
             where = find_device(device)
             if clock == "cpu" and (where.startswith("cuda") or torch.get_num_threads() > 1):
                 raise Failure("--clock cpu adds up all threads and knows no GPU; use --threads 1 on a CPU", USAGE)
-            wanted = Fast(fp8=fast or fp8, decoder=fast or tiny_decoder)
+            wanted = Fast.chosen(fast, fp8, tiny_decoder)
             pipeline = load(model, where, fast=wanted, compiled=compiled)
         except ModelError as error:
             raise Failure(str(error), MISSING) from None

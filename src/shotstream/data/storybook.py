@@ -107,8 +107,11 @@ class Stories:
         limit: int = 0,
         rule: ContextRule = ContextRule(),
         pairs: float = 0.0,
+        moving: float = 0.0,
     ) -> None:
-        """`pairs`: the share of samples that are asked to show two characters; others show them as stories do."""
+        """`pairs`, `moving`: the shares of samples that are asked to show two characters, and somebody small who moves
+        (`ShotScript.is_small_motion`); the others show them as stories do.
+        """
         paths = sorted(folder.glob(f"{split}-*.safetensors"))[: limit or None]
         if not paths:
             raise FileNotFoundError(f"{folder}: no {split}-*.safetensors; make them with `shotstream train stage data`")
@@ -124,10 +127,12 @@ class Stories:
         self.latents, self.stills, self.coverage = (torch.cat(parts[n]) for n in ("latents", "stills", "coverage"))
         self.first = np.concatenate([[0], np.cumsum(counts)])  # first shot of each story
         self.rule = rule
-        self.pairs = pairs
+        self.pairs, self.moving = pairs, moving
         worlds = [sample_world(seed, split) for seed in self.seeds]
         self.place = np.concatenate([np.arange(len(world.shots)) for world in worlds])  # of each shot in its story
-        self.shows_pair = np.array([len(script.cast) == 2 for world in worlds for script in world.shots])
+        scripts = [script for world in worlds for script in world.shots]
+        self.shows_pair = np.array([len(script.cast) == 2 for script in scripts])
+        self.shows_motion = np.array([script.is_small_motion for script in scripts])
         self.words = self._words(text, split, paraphrases)
 
     def _words(self, text: Words, split: Split, paraphrases: int) -> Tensor:
@@ -194,8 +199,11 @@ class Stories:
             suits = self.place > 0
         else:
             suits = self.place == history
-        if self.pairs and rng.random() < self.pairs and (suits & self.shows_pair).any():
-            suits = suits & self.shows_pair
+        if self.pairs or self.moving:
+            drawn = rng.random()
+            wanted = self.shows_pair if drawn < self.pairs else self.shows_motion
+            if drawn < self.pairs + self.moving and (suits & wanted).any():
+                suits = suits & wanted
         if not suits.any():
             raise ValueError(f"no story has a shot with {history or 'any'} shots before it")
         row = int(rng.choice(np.flatnonzero(suits)))

@@ -3,6 +3,7 @@
 - named: does a shot show what the text up to there says? Of all shots, the first ones, the later ones
 - free, script: is what no text of a shot tells as it was last decided? "free" compares with the first appearance
   in the same generated story, "script" with the truth, for stories continued from true shots
+- recognised: in which kinds of shots can the cast be recognised?
 - cuts: does the picture change where, and only where, the script cuts?
 - leakage: does a shot show what belongs to the shot before it?
 - cast: does each of two characters stand where it should, once?
@@ -114,6 +115,13 @@ GROUPS = {
     "script": Group(
         "Memory, script", CONFUSION, tuple(REMEMBERED), "what no text of the shot tells is as in the script"
     ),
+    "recognised": Group(
+        "Recognised",
+        RATIO,
+        ("close", "medium", "wide", "moving", "pair"),
+        "shots in which everybody is: close-ups, medium shots, wide shots of one who stands and of one who moves, and "
+        "shots of two",
+    ),
     "cuts": Group(
         "Cuts",
         RATIO,
@@ -174,6 +182,7 @@ def count(story: JudgedStory, shots: int) -> Tally:
         _count_leakage(tally, story, previous, script, reading)
     for k, (script, reading) in enumerate(zip(story.world.shots, story.readings, strict=True)):
         _count_cast(tally, story, k, script, reading)
+        tally["recognised", _kind(script)] += (len(reading.cast) == len(script.cast), 1)
         tally["drift", "unrecognised"][k] += (not reading.found, 1)
     for name, value in _choices(story):
         if value in FREE[name]:
@@ -232,6 +241,13 @@ def told_in(told: Captions, shot: int) -> Naming:
 def _scene(script: ShotScript) -> dict[str, str]:
     """What the script says of a shot as a whole."""
     return {name: str(getattr(script, name)) for name in SCENE if name != "count"} | {"count": str(len(script.cast))}
+
+
+def _kind(script: ShotScript) -> str:
+    """A name of the group "recognised"."""
+    if len(script.cast) == 2:
+        return "pair"
+    return "moving" if script.is_small_motion else script.framing
 
 
 def _seen_scene(reading: Reading) -> dict[str, str]:

@@ -24,7 +24,7 @@ from shotstream.train.recipe import RECIPES, export
 LATE = 4
 """The first shot that counts as late."""
 
-TABLES = ("overall", "named", "free", "script", "cuts", "drift")
+TABLES = ("overall", "named", "free", "script", "recognised", "cuts", "drift")
 """Groups of measures in which stages are compared."""
 
 CURVES = ("named", "free", "script", "unrecognised", "sharpness", "saturation")

@@ -90,7 +90,7 @@ def serve(
             experimental=experimental,
             limits=_limits(limit or []),
             policy=policy,
-            fast=Fast(fp8=fast or fp8, decoder=fast or tiny_decoder),
+            fast=Fast.chosen(fast, fp8, tiny_decoder),
         )
         session = _expected(studio, start) if start else ""
         studio.home.mkdir(parents=True, exist_ok=True)

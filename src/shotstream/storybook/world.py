@@ -29,6 +29,9 @@ UNNAMED = ("shirt", "accessory", "accessory_colour")
 FRAMING_ACTIONS = {"wide": ACTIONS, "medium": ACTIONS, "close": ("wave", "look")}
 """A close-up shows head and shoulders, so only actions of the face and the arms can be seen in it."""
 
+MOVING = ("walk", "jump", "dance")
+"""Actions that move the whole body."""
+
 HELDOUT_LOOKS = frozenset(
     {
         ("cat", "green"),
@@ -69,6 +72,11 @@ class ShotScript:
     time: str
     framing: str
     action: str
+
+    @property
+    def is_small_motion(self) -> bool:
+        """Whether somebody moves through a wide shot: what is hardest to encode, to draw and to generate."""
+        return self.framing == "wide" and self.action in MOVING
 
 
 @dataclass(frozen=True)

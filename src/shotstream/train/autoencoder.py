@@ -33,18 +33,26 @@ class AutoencoderConfig:
 
     noise: float = 0.12  # largest deviation of the noise on the latents
     first_seed: int = 50_000_000  # of the stories rendered, disjoint from the diffusion model's
+    moving: float = 0.0  # share of shots that are asked to show somebody small who moves: they blur first
     held_out: int = 12  # shots on which the PSNR is measured
     edges: float = 1.0  # weight of the error of neighbouring pixels' differences: outlines
     tiny: bool = False  # the decoder of fast mode (`PatchVAEConfig.tiny`), for the same latents
 
 
-def batch(rng: np.random.Generator, shots: int, first_seed: int, share: Share = WHOLE) -> Tensor:
-    """Frames `b f c h w` of this share of `shots` freshly rendered shots."""
-    drawn = [(first_seed + int(rng.integers(10_000_000)), rng.random()) for _ in range(shots)]
+def batch(
+    rng: np.random.Generator, shots: int, first_seed: int, share: Share = WHOLE, moving: float = 0.0
+) -> Tensor:
+    """Frames `b f c h w` of this share of `shots` freshly rendered shots; `moving` as in `AutoencoderConfig`."""
+    drawn = [(first_seed + int(rng.integers(10_000_000)), rng.random(), rng.random()) for _ in range(shots)]
     clips = []
-    for seed, place in share.of(drawn):
-        world = sample_world(seed)
-        clips.append(to_frames(render_shot(world, int(place * len(world.shots)))[0]))
+    for seed, place, kind in share.of(drawn):
+        while True:
+            world = sample_world(seed)
+            suits = [i for i, script in enumerate(world.shots) if kind >= moving or script.is_small_motion]
+            if suits:
+                break
+            seed += 1
+        clips.append(to_frames(render_shot(world, suits[int(place * len(suits))])[0]))
     return torch.stack(clips)
 
 
@@ -76,7 +84,7 @@ def train(model: Config, cfg: AutoencoderConfig, runs: RunConfig, masters: Patch
     trained = Network(masters, runs)
     job = Job(runs, {"network": trained}, model=model, recipe=cfg)
     for draws in job.steps():
-        frames = batch(draws.rng, runs.batch, cfg.first_seed, draws.share).to(runs.device)
+        frames = batch(draws.rng, runs.batch, cfg.first_seed, draws.share, cfg.moving).to(runs.device)
         value = loss(trained.compute, frames, draws, cfg)
         value.backward()
         job.tell(loss=value, norm=trained.step(job.scale))

@@ -293,7 +293,7 @@ def source(recipe: Recipe, root: Path) -> Stories | Clips:
     """The stories of `<root>/data`: drawn ones, or clips cached by `shotstream data cache-latents`."""
     rule = ContextRule.of(dual_buffer(recipe.config))
     if recipe.is_storybook:
-        return Stories(root / "data", build(recipe.config)[2], rule=rule, paraphrases=8, pairs=0.15)
+        return Stories(root / "data", build(recipe.config)[2], rule=rule, paraphrases=8, pairs=0.2, moving=0.4)
     return Clips(root / "data", rule, recipe.config.chunk)
 
 
