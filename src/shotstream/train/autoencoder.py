@@ -39,9 +39,7 @@ class AutoencoderConfig:
     tiny: bool = False  # the decoder of fast mode (`PatchVAEConfig.tiny`), for the same latents
 
 
-def batch(
-    rng: np.random.Generator, shots: int, first_seed: int, share: Share = WHOLE, moving: float = 0.0
-) -> Tensor:
+def batch(rng: np.random.Generator, shots: int, first_seed: int, share: Share = WHOLE, moving: float = 0.0) -> Tensor:
     """Frames `b f c h w` of this share of `shots` freshly rendered shots; `moving` as in `AutoencoderConfig`."""
     drawn = [(first_seed + int(rng.integers(10_000_000)), rng.random(), rng.random()) for _ in range(shots)]
     clips = []
