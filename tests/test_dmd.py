@@ -293,3 +293,23 @@ def test_the_last_step_alone_learns_if_wanted(
         runs = settings(tmp_path / exits, steps=8, batch=1)
         dmd.train(CONFIG, DMDConfig(exits=exits), runs, stories, model(0), model(1))  # type: ignore[arg-type]
         assert steps == {3} if exits == "last" else len(steps) > 1
+
+
+def test_the_anchor_alone_is_flow_matching_on_data(
+    stories: Stories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing to match, what an anchored student learns is what stage `next` teaches; without one, nothing."""
+    monkeypatch.setattr(dmd, "student_loss", lambda trio, batch, x, draws, cfg: (x.sum() * 0, torch.tensor(1.0)))
+
+    @torch.no_grad()
+    def error(student: Model) -> float:
+        draws = [Draws(9, step) for step in range(8)]
+        return sum(float(dmd.anchor_loss(student, stories, each, 8, DMDConfig())) for each in draws)
+
+    errors = {}
+    for anchor in (0.0, 1.0):
+        cfg, runs = DMDConfig(anchor=anchor, critic_steps=0), settings(tmp_path / str(anchor), steps=12, batch=4)
+        errors[anchor] = error(dmd.train(CONFIG, cfg, runs, stories, model(0), model(1)).masters)
+    before = error(model(0))
+    assert errors[0.0] == pytest.approx(before, rel=1e-3)
+    assert errors[1.0] < 0.9 * before

@@ -1,6 +1,6 @@
 """The stages of a recipe side by side: what each adds to the one before, and how they drift over long stories.
 
-    shotstream eval stages runs --stages causal,stage1,stage2 --stories 200 --seeds 2 --out runs/stages
+    shotstream eval stages runs --stages next,stage1,stage2 --stories 200 --seeds 2 --out runs/stages
     shotstream eval stages runs --stages stage1,stage2 --shots 10 --out runs/stages-10
 
 All tell the same stories with the same noise, living with their own past, so every difference is paired.

@@ -46,7 +46,7 @@ def all_stages(
 def one_stage(
     name: Annotated[
         str,
-        typer.Argument(help="data, autoencoder, tiny-decoder, image, shot, next, causal, pairs, ode, stage1, stage2."),
+        typer.Argument(help="data, autoencoder, tiny-decoder, image, shot, next, pairs, ode, stage1, stage2."),
     ],
     preset: Preset = "storybook",
     out: Out = Path("runs"),

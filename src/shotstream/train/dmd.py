@@ -29,6 +29,8 @@ from shotstream.train.model import Model, after, dual_buffer
 from shotstream.train.network import Network, frozen, network
 from shotstream.train.released import NoisyCommits, straight_through
 from shotstream.train.run import Job, RunConfig, Sheet, learning_scale
+from shotstream.train.teacher import TeacherConfig
+from shotstream.train.teacher import loss as teacher_loss
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class DMDConfig:
     high: float = 0.98
     shift: float = 3.0
     exits: Literal["any", "last"] = "any"  # steps that learn, one per rollout; "last": what is shown is what is matched
+    anchor: float = 0.0  # weight of flow matching on data behind the mask, beside the student's loss (0)
     sigma_floor: float = 0.3  # of the critic's weight 1 / sigma^2; 0: unweighted in velocity (0)
     lora: int = 0  # rank of adapters for student and critic; 0: everything learns (stage 2: 256)
     shots: int = 5  # stage 2: longest story that is rolled
@@ -69,6 +72,10 @@ class FreshNoise:
         if (chunk, step) not in self.drawn:
             self.drawn[chunk, step] = self.draws.noise(shape)
         return self.drawn[chunk, step]
+
+
+ANCHOR = TeacherConfig("next", drop_text=0.0, causal=1.0, sigma_mean=2.1, sigma_deviation=1.6, cast_weight=5.0)
+"""How `DMDConfig.anchor` asks: as the storybook recipe's stage `next` does, always behind the mask."""
 
 
 @dataclass
@@ -148,6 +155,14 @@ def student_loss(trio: Trio, batch: Batch, x: Tensor, draws: Draws, cfg: DMDConf
         gradient = torch.nan_to_num((fake - real) / scale)
         trust = ((x - real) * (fake - real)).sum() / (fake - real).square().sum().clamp(min=1e-12)
     return 0.5 * (x.double() - (x - gradient).detach().double()).square().mean(), trust
+
+
+def anchor_loss(student: Model, stories: Source, draws: Draws, size: int, cfg: DMDConfig) -> Tensor:
+    """What the student knew already, asked again: flow matching on data behind its mask. Distribution matching moves
+    the answers of the steps that learn, and nothing else holds those of the others where they were.
+    """
+    batch = from_data(stories, draws, size, cfg).to(student.dit.device)
+    return teacher_loss(student, batch, draws, ANCHOR)
 
 
 def critic_loss(trio: Trio, batch: Batch, x: Tensor, draws: Draws, cfg: DMDConfig) -> Tensor:
@@ -264,6 +279,10 @@ def train(
             if learn:
                 value, trust = student_loss(trio, batch, x, part, cfg)
                 job.tell(**{"loss_student": value, f"trust_{exit_step}": trust})
+                if cfg.anchor:
+                    held = anchor_loss(trio.student.compute, stories, part, runs.batch, cfg)
+                    job.tell(loss_anchor=held)
+                    value = value + cfg.anchor * held
             else:
                 value = critic_loss(trio, batch, x, part, cfg)
                 job.tell(loss_critic=value)
