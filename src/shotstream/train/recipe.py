@@ -129,8 +129,8 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
     # batches are a student's already: it needs no trajectories.
     shots = TeacherConfig("next", first_shots=0.35, causal=0.5, sigma_mean=2.1, sigma_deviation=1.6, cast_weight=5.0)
     blurry = AutoencoderConfig(noise=0.25, moving=0.6)
-    # A critic that learns fast is mostly noise, and a student that learns fast is never caught up with; what is matched is the
-    # last step's answer alone, and without an anchor the first steps, which decide what is seen, go astray (docs/LOG.md).
+    # A critic that learns fast is mostly noise, and a student that learns fast is never caught up with. Only the last
+    # step's answer is matched; without an anchor the first ones, which decide what is seen, go astray (docs/LOG.md).
     matching = DMDConfig(
         critic_first=steps(40),
         critic_steps=4,
