@@ -132,7 +132,7 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
     # A critic that learns fast is mostly noise, and a student that learns fast is never caught up with. Only the last
     # step's answer is matched; without an anchor the first ones, which decide what is seen, go astray (docs/LOG.md).
     matching = DMDConfig(
-        critic_first=steps(40),
+        critic_first=round(30 * scale),
         critic_steps=4,
         critic_optimizer="muon",
         critic_lr=1e-4,
@@ -145,8 +145,12 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
         exits="last",
         anchor=1.0,
     )
-    own = dataclasses.replace(matching, history="own", critic="stage", critic_first=steps(20))
-    slow = dataclasses.replace(_runs(steps(200), batch // 2), optimizer="adamw", lr_adam=1e-5, warmup=10, ema=0.95)
+    own = dataclasses.replace(matching, history="own", critic="stage", critic_first=round(15 * scale))
+
+    def slow(count: int) -> RunConfig:
+        few = _runs(steps(count), batch // 2, warmup=10, ema=0.95)
+        return dataclasses.replace(few, optimizer="adamw", lr_adam=1e-5)
+
     start = "ode" if source == "pairs" else "next"
     return Recipe(
         config,
@@ -158,8 +162,8 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
             Stage("next", shots, _runs(steps(7000), batch, 2e-3, ema=0.998), init="shot"),
             Stage("pairs", PairsConfig(steps(20), batch // 2), init="next"),
             Stage("ode", ODEConfig(source), _runs(steps(64), batch, 1.5e-3, warmup=8, ema=0.95), init="next"),
-            Stage("stage1", matching, slow, init=start),
-            Stage("stage2", own, slow, init="stage1"),
+            Stage("stage1", matching, slow(150), init=start),
+            Stage("stage2", own, slow(110), init="stage1"),
             Stage(TINY, dataclasses.replace(blurry, tiny=True), _runs(steps(900), max(1, batch // 8), 6e-3, ema=0.99)),
         ),
         student,
@@ -226,8 +230,8 @@ _SMOKE = dataclasses.replace(
 )
 
 RECIPES: dict[str, Recipe] = {
-    "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "stage1"),
-    "storybook-large": _storybook(PRESETS["storybook-large"], 2.0, 64, DataConfig(20_000), "guided", "stage1"),
+    "storybook": _storybook(PRESETS["storybook"], 1.0, 32, DataConfig(), "guided", "stage2"),
+    "storybook-large": _storybook(PRESETS["storybook-large"], 1.5, 64, DataConfig(20_000), "guided", "stage2"),
     "storybook-smoke": _storybook(_SMOKE, 0.03, 4, DataConfig(64, 24), "pairs", "stage2"),
     "wan-1.3b": _wan(PRESETS["wan-1.3b"]),
 }
