@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shotstream.checkpoints import read_model
+from shotstream.checkpoints import read_model, write_model
 from shotstream.config import PatchVAEConfig
 from shotstream.data.batch import ContextRule, Sample, collate
 from shotstream.data.storybook import Stories, fit_vae, write_shards
@@ -23,9 +23,11 @@ from shotstream.models.patch_vae import PatchVAE
 from shotstream.pipeline import Pipeline, load
 from shotstream.rollout import Noise, Roll, Stills
 from shotstream.session import Session
+from shotstream.storybook.captions import VOCABULARY
 from shotstream.storybook.draw import SHOT_FRAMES
 from shotstream.train import autoencoder, dmd, ode, run, teacher
 from shotstream.train.autoencoder import AutoencoderConfig
+from shotstream.train.checkpoint import File
 from shotstream.train.dmd import DMDConfig, FreshNoise, rollout
 from shotstream.train.draws import Draws
 from shotstream.train.model import Model
@@ -86,6 +88,59 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         written(self, step, **values)
 
     monkeypatch.setattr(run.Log, "write", write)
+
+
+def test_where_the_cast_passes_the_decoder_is_asked_for_more(vae: PatchVAE) -> None:
+    clips = autoencoder.batch(np.random.default_rng(0), 2, 0)
+    assert autoencoder.groups(clips.frames).shape == (12, 4, 3, 128, 192)
+    assert torch.equal(autoencoder.groups(clips.frames)[1, 0], clips.frames[0, 1])
+    plain, weighted = AutoencoderConfig(noise=0.0, edges=0.0, cast_weight=0.0), AutoencoderConfig(0.0, edges=0.0)
+    with torch.no_grad():
+        latents = vae.encode(clips.frames)
+        before = torch.cat((latents[:, :1], latents[:, :-1]), dim=1)
+        drawn = vae.draw(latents.flatten(0, 1), before.flatten(0, 1))
+        error = (drawn - autoencoder.groups(clips.frames)).abs().mean((1, 2))
+        values = [float(autoencoder.loss(vae, clips, Draws(0), cfg)) for cfg in (plain, weighted)]
+    passes = autoencoder.groups(clips.mask).any(1)
+    weight = 1 + weighted.cast_weight * passes
+    assert values[0] == pytest.approx(float(error.mean()), rel=1e-3)
+    assert values[1] == pytest.approx(float((error * weight).sum() / weight.sum()), rel=1e-3)
+    assert values[1] > 1.2 * values[0]  # what moves is what is wrong
+
+
+def test_a_decoder_begins_as_another_one_where_they_are_alike(tmp_path: Path, vae: PatchVAE) -> None:
+    given = copy.deepcopy(vae).requires_grad_(False)
+    for parameter in given.parameters():
+        parameter.normal_()
+    parts = {"dit": fresh(TINY, 0).dit, "text": fresh(TINY, 0).text, "vae": given}
+    write_model(tmp_path / "given.safetensors", CONFIG, VOCABULARY, parts, {})
+    assert isinstance(CONFIG.vae, PatchVAEConfig)
+    deeper = PatchVAE(dataclasses.replace(CONFIG.vae, widths=(*CONFIG.vae.widths, 8)))
+    leave = deeper.leave.weight.clone()
+    autoencoder.begin(deeper, tmp_path / "given.safetensors")
+    assert torch.equal(deeper.enter.weight, given.enter.weight.bfloat16().float())
+    assert torch.equal(deeper.leave.weight, leave)
+    assert not deeper.project.any()  # the linear part is the recipe's own
+    with pytest.raises(ValueError, match="reads other latents"):
+        autoencoder.begin(PatchVAE(PatchVAEConfig(channels=8, widths=(8, 4))), tmp_path / "given.safetensors")
+
+
+def test_a_deeper_network_begins_as_the_same_function(stories: Stories, tmp_path: Path) -> None:
+    shallow = fresh(TINY, 0)
+    with torch.no_grad():
+        for parameter in shallow.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    File(tmp_path).write({"network": Network(shallow, settings(tmp_path, 1))}, 1)
+    deep = dataclasses.replace(TINY, config=dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, layers=5)))
+    with pytest.raises(ValueError, match="not a model of this preset: missing"):
+        load_weights(fresh(deep, 1), tmp_path)
+    model = load_weights(fresh(deep, 1), tmp_path, deepen=True)
+    batch, cfg = stories.batch(np.random.default_rng(0), 4, "next"), TeacherConfig(causal=0.5)
+    values = [teacher.loss(m, batch, Draws(3), cfg) for m in (shallow, model)]
+    assert torch.allclose(*values, rtol=1e-5)
+    values[1].backward()
+    learns = [float(block.ffn[2].weight.grad.norm()) > 0 for block in model.dit.layers()]
+    assert all(learns)
 
 
 @pytest.mark.parametrize("kind", ["image", "shot", "next"])

@@ -21,6 +21,7 @@ from shotstream.storybook.world import ShotScript, World, sample_world
 from shotstream.train import autoencoder, checkpoint, ode
 from shotstream.train.checkpoint import File
 from shotstream.train.draws import Draws
+from shotstream.train.muon import Muon
 from shotstream.train.network import Network
 from shotstream.train.ode import ODEConfig, Pairs
 from shotstream.train.run import Log, RunConfig, learning_scale
@@ -211,3 +212,25 @@ def test_a_history_that_no_story_has(tmp_path: Path) -> None:
     stories = Stories(write_stories(tmp_path / "stories"), load("tiny").text)
     with pytest.raises(ValueError, match="no story has a shot with 9 shots before it"):
         stories.batch(np.random.default_rng(1), 4, "next", history=9)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_muon_moves_as_the_library_does_but_for_its_rounding(shape: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=random) for _ in range(3)]
+    mine, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    optimizers = Muon(mine, 0.1, weight_decay=0.5), torch.optim.Muon(theirs, 0.1, momentum=0.95, weight_decay=0.5)
+    for _ in range(3):
+        for pair in zip(mine, theirs, strict=True):
+            gradient = torch.randn(shape, generator=random)
+            for parameter in pair:
+                parameter.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, before in zip(mine, theirs, start, strict=True):
+        assert (a - b).norm() < 0.04 * (a - before).norm()  # bf16 has eight bits
+
+
+def test_muon_refuses_what_is_no_matrix() -> None:
+    with pytest.raises(ValueError, match=r"not parameters of shape \[3\]"):
+        Muon([torch.nn.Parameter(torch.zeros(3))], 0.1)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shotstream.models.dit import Block, DiT, Text
 from shotstream.train import processes
+from shotstream.train.muon import Muon
 from shotstream.train.run import RunConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -218,7 +219,7 @@ def _muon_and_adamw(module: nn.Module, config: RunConfig) -> Iterator[torch.opti
     matrices = [p for n, p in named if p.ndim == 2 and "blocks." in n]
     rest = [p for n, p in named if not (p.ndim == 2 and "blocks." in n)]
     if matrices:
-        yield torch.optim.Muon(matrices, lr=config.lr, momentum=0.95, weight_decay=0.01)
+        yield Muon(matrices, config.lr)
     if rest:
         yield _adamw(rest, config)
 

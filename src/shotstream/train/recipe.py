@@ -127,7 +127,7 @@ def _storybook(config: Config, scale: float, batch: int, data: DataConfig, sourc
 
     # What text and memory decide is decided near sigma 1: flat colours stay legible below (docs/LOG.md). Half of the
     # batches are a student's already: it needs no trajectories.
-    shots = TeacherConfig("next", first_shots=0.35, causal=0.5, sigma_mean=2.1, sigma_deviation=1.6, cast_weight=5.0)
+    shots = TeacherConfig("next", first_shots=0.35, causal=0.6, sigma_mean=2.1, sigma_deviation=1.6, cast_weight=5.0)
     blurry = AutoencoderConfig(noise=0.25, moving=0.6)
     # A critic that learns fast is mostly noise, and a student that learns fast is never caught up with. Only the last
     # step's answer is matched; without an anchor the first ones, which decide what is seen, go astray (docs/LOG.md).
@@ -260,11 +260,13 @@ def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> No
         _make_data(recipe, stage.task, root)
         return
     if isinstance(stage.task, AutoencoderConfig):
-        autoencoder.train(recipe.config, stage.task, runs, _fitted(recipe, root, stage.task.tiny))
+        vae = _fitted(recipe, root, stage.task.tiny)
+        vae = autoencoder.begin(vae, root / stage.init) if stage.init else vae
+        autoencoder.train(recipe.config, stage.task, runs, vae)
         return
     model = fresh(recipe, runs.seed, root)
     if stage.init:
-        load_weights(model, root / stage.init)
+        load_weights(model, root / stage.init, deepen=True)
     stories, config = source(recipe, root), recipe.config
 
     def sheets(sample: Sample, kind: Kind) -> Sheet | None:
@@ -298,7 +300,7 @@ def source(recipe: Recipe, root: Path) -> Stories | Clips:
     """The stories of `<root>/data`: drawn ones, or clips cached by `shotstream data cache-latents`."""
     rule = ContextRule.of(dual_buffer(recipe.config))
     if recipe.is_storybook:
-        return Stories(root / "data", build(recipe.config)[2], rule=rule, paraphrases=8, pairs=0.2, moving=0.4)
+        return Stories(root / "data", build(recipe.config)[2], rule=rule, paraphrases=8, pairs=0.3, moving=0.3)
     return Clips(root / "data", rule, recipe.config.chunk)
 
 
@@ -312,11 +314,12 @@ def fresh(recipe: Recipe, seed: int, root: Path | None = None) -> Model:
     return Model(dit, TextStates(nothing), recipe.config, recipe.options)
 
 
-def load_weights(model: Model, origin: Path, part: str = "network") -> Model:
+def load_weights(model: Model, origin: Path, part: str = "network", deepen: bool = False) -> Model:
     """The averaged weights of a stage (its folder), adapters merged; or those of a model file, ours or Wan's.
 
     `part`: of the stage's networks, "network" (what it trains) or "critic".
     Parameters that only an alternative has (`options.inject`, `options.shots`) may be missing and stay fresh.
+    `deepen`: a network with fewer blocks will do (`deepened`).
     """
     if origin.suffix == ".safetensors" and isinstance(model.config.vae, PatchVAEConfig):
         tensors = read_model(origin)[2]
@@ -327,11 +330,35 @@ def load_weights(model: Model, origin: Path, part: str = "network") -> Model:
     else:
         state = checkpoint.averaged_weights(origin, part)
     state = lora.merged(state) if lora.has_adapters(state) else state
+    state = deepened(state, model.config.dit.layers) if deepen else state
     own = {"dit.beside.weight", "dit.opening"} & model.state_dict().keys()
     missing, unexpected = model.load_state_dict(state, strict=False)
     if set(missing) - own or unexpected:
         raise ValueError(f"{origin}: not a model of this preset: missing {missing[:3]}, unexpected {unexpected[:3]}")
     return model
+
+
+def deepened(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The same function with `layers` blocks: what is added, evenly, are copies of the blocks before, whose outputs are
+    zero until they learn. A network that is as deep, or deeper, stays as it is.
+    """
+    blocks: dict[int, dict[str, Tensor]] = {}
+    deeper = {}
+    for name, tensor in state.items():
+        if name.startswith("dit.blocks."):
+            _, _, number, part = name.split(".", 3)
+            blocks.setdefault(int(number), {})[part] = tensor
+        else:
+            deeper[name] = tensor
+    if len(blocks) >= layers or set(blocks) != set(range(len(blocks))):
+        return state
+    origins = [place * len(blocks) // layers for place in range(layers)]
+    for place, origin in enumerate(origins):
+        added = origins.index(origin) < place
+        for part, tensor in blocks[origin].items():
+            output = part.startswith(("self_attn.o.", "cross_attn.o.", "ffn.2."))
+            deeper[f"dit.blocks.{place}.{part}"] = torch.zeros_like(tensor) if added and output else tensor.clone()
+    return deeper
 
 
 def export(recipe: Recipe, name: str, root: Path, out: Path) -> Path:
