@@ -153,3 +153,34 @@ def log(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a log, none if there is none yet."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+FAULTS = """
+import resource, torch
+before = 0
+for _ in range(2):
+    for _ in range(10):
+        torch.ones(2**23)
+    total = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    faults, before = total - before, total
+print(faults)
+"""
+
+CHILD = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {FAULTS!r}], check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("work", [FAULTS, CHILD], ids=["here", "in a child"])
+def test_memory_that_was_freed_is_not_asked_for_again(work: str) -> None:
+    """Pages that the kernel had to give, the second time that ten large blocks are made and freed."""
+    keep = "from shotstream.train.processes import keep_freed_memory\nkeep_freed_memory()\n"
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+
+    def faults(code: str) -> int:
+        command = [sys.executable, "-c", code]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert faults(keep + work) < 0.1 * faults(work)

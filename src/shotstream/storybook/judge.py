@@ -324,9 +324,16 @@ def _fit(view: _View, guess: _Guess) -> _Fit:
     costs[~_CHOICES] = np.inf
     gain = 0.0
     for i, window, drawn in drawings:
-        off = np.abs(view.pictures[i][window] - _coloured(view, window, drawn, costs)).mean(-1)
+        off = _distance(view.pictures[i][window], _coloured(view, window, drawn, costs))
         gain += float((view.empty_costs[i][window] - np.minimum(off, CAP)).sum())
     return _Fit(gain, costs)
+
+
+def _distance(first: Floats, second: Floats) -> Floats:
+    """Mean difference of the three channels [.. 3] -> [..]; what `mean` gives, in a third of its time."""
+    red, green, blue = np.moveaxis(np.abs(first - second), -1, 0)
+    distance: Floats = (red + green + blue) / 3
+    return distance
 
 
 def _coloured(view: _View, window: tuple[slice, slice], drawn: _Template, costs: NDArray[np.float64]) -> Floats:

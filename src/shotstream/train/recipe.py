@@ -253,6 +253,7 @@ def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> No
     stage = override(recipe.stage(name), overrides)
     out = root / name
     runs = dataclasses.replace(stage.runs, out=str(out))
+    processes.keep_freed_memory()
     processes.start(runs.device, runs.backend)
     if processes.leads():
         print(f"stage {name} -> {out}", flush=True)
