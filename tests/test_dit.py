@@ -13,7 +13,7 @@ from shotstream.config import PRESETS, DiTConfig
 from shotstream.memory.plan import Call, Frame
 from shotstream.memory.policies.dual_buffer import DualBuffer
 from shotstream.memory.store import BoundMemory, FrameStore
-from shotstream.models.attention import attention, block_causal_mask
+from shotstream.models.attention import BlockCausal, attention, block_causal
 from shotstream.models.dit import DiT, Text, diffusers_names, velocity_from_x0
 from shotstream.models.rope import places, rotation
 from shotstream.rollout import Prompts
@@ -87,8 +87,19 @@ def test_teacher_without_phase_is_plain_wan(dit):
     assert difference(velocity, "teacher_velocity_no_phase") < 2e-6
 
 
+@pytest.mark.parametrize("context", [0, 2])
+def test_blocks_look_where_a_dense_mask_would_let_them(context):
+    mask = block_causal(context, 3, 3, 2)
+    tags = torch.tensor([0] * context + [1] * 3 + [2] * 3 + [3] * 3).repeat_interleave(2)
+    q, k, v = (torch.randn(2, len(tags), 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    dense = attention(q, k, v, tags[:, None] >= tags[None, :])
+    assert torch.allclose(attention(q, k, v, mask), dense, atol=1e-6)
+    assert not torch.allclose(attention(q, k, v), dense, atol=1e-2)
+    assert mask.after(context * 2) == block_causal(0, 3, 3, 2) == BlockCausal((6, 12, 18))
+
+
 def test_block_causal_pass(dit):
-    mask = block_causal_mask([0] * 6 + [1] * 3 + [2] * 3 + [3] * 3, GRID[0] * GRID[1])
+    mask = block_causal(6, 3, 3, GRID[0] * GRID[1])
     timesteps = [0.0] * 6 + [TIMESTEPS[0]] * 3 + [TIMESTEPS[1]] * 3 + [0.0] * 3
     sequence = torch.cat((CONTEXT, NOISY), dim=1)
     velocity = one_pass(dit, sequence, timesteps, FLAGS, FLAGS, mask=mask)

@@ -23,6 +23,9 @@ from shotstream.train import dmd, lora
 from shotstream.train.dmd import DMDConfig, FreshNoise, OwnHistory, rollout
 from shotstream.train.draws import Draws
 from shotstream.train.model import Model
+from shotstream.train.network import Network, network
+from shotstream.train.recipe import RECIPES
+from shotstream.train.run import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +316,30 @@ def test_the_anchor_alone_is_flow_matching_on_data(
     before = error(model(0))
     assert errors[0.0] == pytest.approx(before, rel=1e-3)
     assert errors[1.0] < 0.9 * before
+
+
+@torch.no_grad()
+def test_the_teachers_answer_is_guided(batch: Batch) -> None:
+    teacher, levels = model(3), torch.full((len(batch.latents),), 0.6)
+    noisy = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0))
+    text = dmd.predict(teacher, batch, noisy, levels, batch.words)
+    null = dmd.predict(teacher, batch, noisy, levels, teacher.null(batch.words))
+    assert not torch.allclose(text, null, atol=1e-3)
+    for scale in (1.0, 4.0):
+        answer = dmd.guided(teacher, batch, noisy, levels, DMDConfig(guidance=scale))
+        assert torch.allclose(answer, null + scale * (text - null), atol=1e-4)
+
+
+def test_the_critic_has_a_clip_of_its_own(stories: Stories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = []
+
+    def note(masters: Model, runs: RunConfig) -> Network[Model]:
+        clips.append(runs.clip)
+        return network(masters, runs)
+
+    monkeypatch.setattr(dmd, "network", note)
+    for cfg in (DMDConfig(), DMDConfig(critic_clip=10.0)):
+        dmd.train(CONFIG, cfg, settings(tmp_path / str(cfg.critic_clip), steps=0), stories, model(0), model(1))
+    assert clips == [1.0, 1.0, 1.0, 10.0]
+    released = RECIPES["wan-1.3b"].stage("stage1")
+    assert (released.runs.clip, released.task.critic_clip) == (1.0, 10.0)

@@ -121,7 +121,7 @@ def test_a_decoder_begins_as_another_one_where_they_are_alike(tmp_path: Path, va
     assert torch.equal(deeper.enter.weight, given.enter.weight.bfloat16().float())
     assert torch.equal(deeper.leave.weight, leave)
     assert not deeper.project.any()  # the linear part is the recipe's own
-    with pytest.raises(ValueError, match="reads other latents"):
+    with pytest.raises(ValueError, match="first layer is not that of"):
         autoencoder.begin(PatchVAE(PatchVAEConfig(channels=8, widths=(8, 4))), tmp_path / "given.safetensors")
 
 

@@ -229,8 +229,8 @@ def test_the_memory_plan_counts_what_is_held() -> None:
     wan = RECIPES["wan-1.3b"]
     stages = {stage.name: stage for stage in wan.stages}
     one, eight = (memory(stages["ode"], wan.config, shards) for shards in (1, 8))
-    # master, average, gradient and two moments of 1.419 billion numbers in float32, and a frozen teacher
-    assert one.states == 1_418_996_800 * 4 * 6 and eight.states == one.states // 8
+    # master, average, gradient and two moments of 1.419 billion numbers in float32
+    assert one.states == 1_418_996_800 * 4 * 5 and eight.states == one.states // 8
     assert eight.gathered == one.gathered and eight.activations == one.activations
     assert memory(stages["next"], wan.config, 1).states < one.states
     assert memory(stages["ode"], wan.config, 1, batch=2).activations == 2 * one.activations

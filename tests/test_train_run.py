@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import CONFIG, model, settings, train, write_stories
+from safetensors.torch import load_file, save_file
+from tiny_training import CONFIG, FRAMES, model, settings, train, write_stories
 
 from shotstream.data.batch import Share
 from shotstream.data.storybook import Stories
@@ -18,13 +19,14 @@ from shotstream.errors import Failure
 from shotstream.pipeline import load
 from shotstream.storybook.draw import Rendered
 from shotstream.storybook.world import ShotScript, World, sample_world
-from shotstream.train import autoencoder, checkpoint, ode
+from shotstream.train import autoencoder, checkpoint, ode, teacher
 from shotstream.train.checkpoint import File
 from shotstream.train.draws import Draws
 from shotstream.train.muon import Muon
 from shotstream.train.network import Network
 from shotstream.train.ode import ODEConfig, Pairs
 from shotstream.train.run import Log, RunConfig, learning_scale
+from shotstream.train.teacher import TeacherConfig
 
 
 def test_processes_share_the_noise_and_the_decisions_of_one() -> None:
@@ -151,7 +153,7 @@ def test_pairs_are_shared_and_kinds_are_not_mixed(tmp_path: Path) -> None:
     cfg = ODEConfig(euler_steps=4, first_shots=0.5)
     ode.write_pairs(tmp_path / "pairs", model(0), stories, CONFIG, cfg, shards=6, size=2)
     pairs = Pairs(tmp_path / "pairs")
-    assert set(pairs.context) == {0, 6} and pairs.size == 2
+    assert set(pairs.shapes) == {(0, 6), (6, 6)} and pairs.size == 2
     for step in range(4):
         whole, states = pairs.batch(Draws(0, step), 8)
         halves = [pairs.batch(Draws(0, step, Share(rank, 2)), 8) for rank in range(2)]
@@ -234,3 +236,25 @@ def test_muon_moves_as_the_library_does_but_for_its_rounding(shape: tuple[int, i
 def test_muon_refuses_what_is_no_matrix() -> None:
     with pytest.raises(ValueError, match=r"not parameters of shape \[3\]"):
         Muon([torch.nn.Parameter(torch.zeros(3))], 0.1)
+
+
+def test_a_level_that_weighs_nothing_leaves_no_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The released grid gives its first level no weight: a part of a batch may hold nothing else."""
+    stories = Stories(write_stories(tmp_path / "stories"), load("tiny").text)
+    zeros = torch.zeros(1, FRAMES)
+    monkeypatch.setattr(teacher, "shot_sigmas", lambda *_: (zeros + 1, zeros))
+    value = teacher.loss(model(0), stories.batch(np.random.default_rng(0), 1, "shot"), Draws(0), TeacherConfig())
+    assert value == 0
+
+
+def test_pairs_of_two_lengths_are_not_mixed(tmp_path: Path) -> None:
+    stories = Stories(write_stories(tmp_path / "stories"), load("tiny").text)
+    cfg, short = ODEConfig(euler_steps=4, first_shots=0.0), tmp_path / "pairs" / "pairs-00009.safetensors"
+    ode.write_pairs(tmp_path / "pairs", model(0), stories, CONFIG, cfg, shards=1, size=2)
+    tensors = load_file(tmp_path / "pairs" / "pairs-00000.safetensors")
+    ends = {"states": 2, "positions": 1, "flags": 1, "index": 1, "coverage": 1}  # the axis of frames
+    kept = {n: t.narrow(ends[n], 0, t.shape[ends[n]] - 3) if n in ends else t for n, t in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in kept.items()}, short, {"zeros": "False"})
+    pairs = Pairs(tmp_path / "pairs")
+    assert set(pairs.shapes) == {(6, 6), (6, 3)}
+    assert {pairs.batch(Draws(0, step), 4)[1].shape[2] for step in range(8)} == {3, 6}

@@ -472,6 +472,16 @@ def is_ours(path: Path) -> bool:
         return False
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a model file, by part and name. Raises FileNotFoundError and ValueError that name it."""
+    try:
+        return read_model(path)[2]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def read_model(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor], str]:
     """Configuration, vocabulary, tensors and a short hash of what decides what is generated.
 

@@ -255,12 +255,16 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 def override(config: T, assignments: list[str]) -> T:
     """Apply `a.b=value` overrides to a (nested) frozen dataclass, strictly and by the field's present type."""
     for assignment in assignments:
-        path, _, text = assignment.partition("=")
+        path, given, text = assignment.partition("=")
+        if not given:
+            raise ValueError(f"{assignment}: expected FIELD=VALUE")
         config = _set(config, path.split("."), text, path)
     return config
 
 
 def _set(config: Any, path: list[str], text: str, whole: str) -> Any:
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise ValueError(f"{whole}: {whole.removesuffix('.' + '.'.join(path))} has no fields")
     names = [f.name for f in dataclasses.fields(config)]
     if path[0] not in names:
         near = difflib.get_close_matches(path[0], names, n=1)
@@ -269,6 +273,9 @@ def _set(config: Any, path: list[str], text: str, whole: str) -> Any:
     old = getattr(config, path[0])
     if len(path) > 1:
         return dataclasses.replace(config, **{path[0]: _set(old, path[1:], text, whole)})
+    if dataclasses.is_dataclass(old):
+        inside = ", ".join(f.name for f in dataclasses.fields(old))
+        raise ValueError(f"{whole}: a group of fields; set one of them: {inside}")
     allowed = get_args(get_type_hints(type(config))[path[0]])  # of "int | None" or Literal["a", "b"]
     return dataclasses.replace(config, **{path[0]: _parse(old, text, whole, allowed)})
 
@@ -285,7 +292,8 @@ def _parse(old: Any, text: str, whole: str, allowed: tuple[Any, ...]) -> Any:
         value = kind(text)
     except (ValueError, KeyError):
         example = "" if old is None else f" such as {old!r}"
-        raise ValueError(f"{whole}={text}: expected a {kind.__name__}{example}") from None
+        article = "an" if kind is int else "a"
+        raise ValueError(f"{whole}={text}: expected {article} {kind.__name__}{example}") from None
     if isinstance(old, str) and allowed and value not in allowed:
         raise ValueError(f"{whole}={text}: use one of {', '.join(allowed)}")
     return value

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shotstream.memory.store import BoundMemory, FrameStore, Rows
+from shotstream.models.attention import BlockCausal
 from shotstream.models.dit import DiT, Level, Memory, Text, compile_blocks
 from shotstream.models.rope import Rotation, rotate
 from shotstream.models.vae import VAE, compile_decoder
@@ -156,7 +157,7 @@ class Recorder:
         text: Text,
         places: Rotation,
         memory: Memory | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockCausal | None = None,
     ) -> Tensor:
         """As `DiT.forward`. What a recorded pass returns is overwritten by the next."""
         if mask is not None or not isinstance(timesteps, Level) or not isinstance(memory, BoundMemory):

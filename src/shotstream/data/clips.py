@@ -24,6 +24,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shotstream.data.cuts import find_cuts
+from shotstream.errors import Failure
 
 Read = Callable[[], object]
 
@@ -83,20 +84,21 @@ def rows(table: Path) -> Iterator[tuple[str, ClipRow | BadRow]]:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the row"
-            row = BadRow(f"{where}: {place}: {first['msg'].lower()}")
+            told = first["msg"].lower().replace("dictionary or instance of cliprow", "object of fields")
+            row = BadRow(f"{where}: {place}: {told}")
         except (ValueError, TypeError, SyntaxError, OSError) as error:
             row = BadRow(f"{where}: {error}")
         yield where, row
 
 
 def _json_lines(table: Path) -> Iterator[tuple[int, Read]]:
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig").split("\n"), 1):  # a caption may hold U+2028
         if line.strip():
             yield number, partial(json.loads, line)
 
 
 def _reference(table: Path) -> Iterator[tuple[int, Read]]:
-    with table.open(newline="", encoding="utf-8") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(csv.DictReader(file), 2):
             yield number, partial(_from_reference, table.parent, row)
 
@@ -124,7 +126,7 @@ def checked(where: str, row: ClipRow, folder: Path, threshold: float = 0.5) -> C
     video = folder / row.video
     count = _count_frames(where, video)
     given = [shot.start is not None and shot.end is not None for shot in row.shots]
-    if any(given) and not all(given):
+    if any(shot.start is not None or shot.end is not None for shot in row.shots) and not all(given):
         lacking = given.index(False) + 1
         raise BadRow(f"{where}: shot {lacking} has no start and end; give them for every shot, or for none")
     if all(given):
@@ -145,8 +147,14 @@ def checked(where: str, row: ClipRow, folder: Path, threshold: float = 0.5) -> C
 
 
 def _between_cuts(where: str, row: ClipRow, video: Path, count: int, threshold: float) -> tuple[Shot, ...]:
-    small = np.stack([frame for _, frame in _frames(video, 27, 48)])
-    edges = [0, *find_cuts(small, threshold), count]
+    try:
+        small = np.stack([frame for _, frame in _frames(video, 27, 48)])
+    except BadRow as error:
+        raise BadRow(f"{where}: {error}") from None
+    try:
+        edges = [0, *find_cuts(small, threshold), count]
+    except Failure as error:  # no detector: other rows may do without
+        raise BadRow(f"{where}: {error}") from None
     if len(edges) != len(row.shots) + 1:
         found = f"{len(edges) - 2} cuts found, at {edges[1:-1]}" if len(edges) > 2 else "no cut found"
         raise BadRow(f"{where}: {found}, but {len(row.shots)} captions; give start and end, or another --threshold")
@@ -165,10 +173,15 @@ def _count_frames(where: str, video: Path) -> int:
 
 
 def _frames(video: Path, height: int, width: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and picture (uint8 `h w 3`, resized whatever its shape) of every frame."""
-    with av.open(f"file:{video}") as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            yield number, np.asarray(frame.to_image().resize((width, height), Image.Resampling.BICUBIC))
+    """Number and picture (uint8 `h w 3`, resized whatever its shape) of every frame. Raises BadRow where they end in
+    something that is no picture.
+    """
+    try:
+        with av.open(f"file:{video}") as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                yield number, np.asarray(frame.to_image().resize((width, height), Image.Resampling.BICUBIC))
+    except (OSError, av.error.FFmpegError) as error:
+        raise BadRow(f"{video}: cannot be decoded: {getattr(error, 'strerror', '') or error}") from None
 
 
 def shot_pictures(clip: Clip, height: int, width: int) -> Iterator[tuple[Shot, np.ndarray]]:

@@ -52,6 +52,7 @@ def cache_latents(
     """Encode clips once, into shards of 16 that training reads. Shards that exist are kept; `torchrun` shares them."""
     from shotstream.data.clips import BadRow
     from shotstream.data.latents import NEGATIVE, write_latents
+    from shotstream.film import DeviceError, find_device
     from shotstream.pipeline import ModelError, load
     from shotstream.train import processes
 
@@ -62,9 +63,11 @@ def cache_latents(
         if not clips:
             raise Failure(f"{table}: no clip to encode", USAGE)
         try:
-            pipeline = load(model, device)
+            pipeline = load(model, find_device(device))
         except ModelError as error:
             raise Failure(str(error), MISSING) from None
+        except DeviceError as error:
+            raise Failure(str(error), USAGE) from None
         nothing = null if null is not None else NEGATIVE if pipeline.config.text.dim == 4096 else ""
         try:
             write_latents(out, clips, pipeline, nothing, processes.start(device))
@@ -88,4 +91,6 @@ def _read(table: Path, videos: Path | None, threshold: float) -> tuple[list[Clip
                 bad.append(str(error))
     except BadRow as error:
         raise Failure(str(error), USAGE) from None
+    except UnicodeDecodeError as error:
+        raise Failure(f"{table}: not UTF-8 text ({error.reason} at byte {error.start})", USAGE) from None
     return clips, bad

@@ -99,10 +99,13 @@ def write_latents(
         if path.exists():
             continue
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with TarWriter(str(unfinished)) as tar:
-            for number, clip in enumerate(clips[first : first + PER_SHARD], first):
-                tar.write(encoded(clip, f"{number:07d}", pipeline))
-        os.replace(unfinished, path)
+        try:
+            with TarWriter(str(unfinished)) as tar:
+                for number, clip in enumerate(clips[first : first + PER_SHARD], first):
+                    tar.write(encoded(clip, f"{number:07d}", pipeline))
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -191,15 +194,10 @@ class Clips:
         return self.gather(rows, rng, kind == "next", 1 if kind == "image" else None, share)
 
     def pick_stories(self, rng: np.random.Generator, size: int, shots: int) -> list[int]:
-        """Clips of at least `shots` shots whose first ones all have the full length."""
-        full = max(map(self._length, self.places))
-        able = [
-            c
-            for c, clip in enumerate(self.clips)
-            if len(clip) >= shots and all(self._length((c, s)) == full for s in range(shots))
-        ]
+        """Clips of at least `shots` shots."""
+        able = [c for c, clip in enumerate(self.clips) if len(clip) >= shots]
         if not able:
-            raise ValueError(f"no clip has {shots} shots of {full} latent frames; lower task.shots")
+            raise ValueError(f"no clip has {shots} shots; lower task.shots")
         return [able[i] for i in rng.integers(len(able), size=size)]
 
     def gather(
@@ -210,9 +208,11 @@ class Clips:
         frames: int | None = None,
         share: Share = WHOLE,
     ) -> Batch:
-        """The batch of this share of these (clip, shot) pairs; `frames`: only so many latent frames of the target."""
+        """The batch of this share of these (clip, shot) pairs; `frames`: so many latent frames of the target, whether
+        the clip has fewer (then zeros follow: a student that tells stories of its own needs the captions) or more.
+        """
         samples = [self._sample(clip, shot, context, frames) for clip, shot in share.of(list(rows))]
-        return collate(samples, self.rule, zeros=self.rule.zeros and frames is None)
+        return collate(samples, self.rule, zeros=self.rule.zeros and frames != 1)
 
     def _length(self, place: tuple[int, int]) -> int:
         return self.clips[place[0]][place[1]].latents // self.chunk * self.chunk
@@ -222,6 +222,8 @@ class Clips:
         picks = self.rule.picks([s.frames for s in shots[:shot]]) if context else ()
         read = {s: _read(shots[s]) for s in {*(s for s, _ in picks), shot}}
         target = read[shot]["latents"][: frames or self._length((clip, shot))]
+        if frames and len(target) < frames:
+            target = torch.cat((target, target.new_zeros(frames - len(target), *target.shape[1:])))
         return Sample(
             stills=[read[s]["stills"][shots[s].pictures.index(p)] for s, p in picks],
             shots=[s for s, _ in picks],

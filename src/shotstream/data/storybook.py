@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -53,28 +54,43 @@ def coverage(mask: np.ndarray, patch: int) -> Tensor:
     return torch.from_numpy(per_latent.reshape(f, h // patch, patch, w // patch, patch).mean((2, 4)))
 
 
-def write_shards(out: Path, vae: PatchVAE, stories: int, split: Split, first_seed: int = 0, workers: int = 1) -> None:
-    """Write shards of `stories` stories; shards that exist already are kept, so the command can be resumed."""
+def write_shards(
+    out: Path,
+    vae: PatchVAE,
+    stories: int,
+    split: Split,
+    first_seed: int = 0,
+    workers: int = 1,
+    share: Share = WHOLE,
+) -> None:
+    """Write this share of the shards of `stories` stories; those that exist are kept, so the command can be resumed."""
     out.mkdir(parents=True, exist_ok=True)
     end = first_seed + stories
     ranges = [range(start, min(start + SHARD, end)) for start in range(first_seed, end, SHARD)]
+    ranges = ranges[share.rank :: share.processes]
     write = partial(_write_shard, out, vae, split)
     if workers == 1:
-        for seeds in ranges:
-            write(seeds)
+        _tell_every(map(write, ranges), len(ranges))
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(write, ranges))
+        _tell_every(pool.map(write, ranges), len(ranges))
+
+
+def _tell_every(written: Iterable[None], count: int) -> None:
+    """A line after every tenth shard, and after the last."""
+    for number, _ in enumerate(written, 1):
+        if number % 10 == 0 or number == count:
+            print(f"shard {number} of {count}", flush=True)
 
 
 def _write_shard(out: Path, vae: PatchVAE, split: Split, seeds: range) -> None:
     path = out / f"{split}-{seeds[0]:07d}.safetensors"
     if path.exists():
         return
-    unfinished = path.with_suffix(".tmp")
+    unfinished = path.with_suffix(f".{os.getpid()}")
     tensors, story = _shard(vae, split, seeds)
     save_file(tensors, unfinished, metadata={"seeds": json.dumps(list(seeds)), "split": split, "story": story})
-    unfinished.rename(path)
+    os.replace(unfinished, path)
 
 
 def _shard(vae: PatchVAE, split: Split, seeds: range) -> tuple[dict[str, Tensor], str]:
@@ -176,7 +192,7 @@ class Stories:
         told = rng.integers(self.words.shape[1], size=len(rows))  # which paraphrase
         mine = share.of(list(zip(rows, map(int, told), strict=True)))
         samples = [self._sample(story, shot, version, context, frames) for (story, shot), version in mine]
-        return collate(samples, self.rule, zeros=self.rule.zeros and frames is None)
+        return collate(samples, self.rule, zeros=self.rule.zeros and frames != 1)
 
     def _sample(self, story: int, shot: int, paraphrase: int, context: bool, frames: int | None) -> Sample:
         first = int(self.first[story])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shotstream.config import DiTConfig
-from shotstream.models.attention import attention
+from shotstream.models.attention import BlockCausal, attention
 from shotstream.models.rope import Rotation, rotate
 
 
@@ -162,7 +162,7 @@ class Block(nn.Module):
         text: tuple[Tensor, Tensor, Tensor],
         places: Rotation,
         extend: Extend | None,
-        mask: Tensor | None,
+        mask: Tensor | BlockCausal | None,
     ) -> Tensor:
         """x [b f l d], time [b f 6 d] -> [b f l d]. `text`: this layer's keys and values, and each frame's prompt."""
         level = self.level(time)
@@ -300,7 +300,7 @@ class DiT(nn.Module):
         text: Text,
         places: Rotation,
         memory: Memory | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockCausal | None = None,
     ) -> Tensor:
         """Velocity `b f c h w` of `latents` `b f c h w` at `timesteps` [b f] (1000 sigma, float32), or their `level`.
 

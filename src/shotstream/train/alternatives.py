@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from shotstream.config import DiTConfig
+from shotstream.models.attention import BlockCausal
 from shotstream.models.dit import DiT, Level, Memory, Text
 from shotstream.models.rope import Rotation
 
@@ -45,7 +46,7 @@ class ChannelDiT(DiT):
         text: Text,
         places: Rotation,
         memory: Memory | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockCausal | None = None,
     ) -> Tensor:
         """As `DiT.forward` for [context | target]; the velocity of the context is zero.
 
@@ -59,7 +60,8 @@ class ChannelDiT(DiT):
             return super().forward(latents, timesteps, text, places, mask=mask)
         tokens = places[0].shape[-2] // latents.shape[1] * context
         own = (places[0][..., tokens:, :], places[1][..., tokens:, :])
-        mask = None if mask is None else mask[..., tokens:, tokens:]
+        assert not isinstance(mask, Tensor), "training's masks are block-causal ones"
+        mask = mask.after(tokens) if mask else None
         self._context = latents[:, :context]
         velocity = super().forward(
             latents[:, context:], timesteps[:, context:], text.at(text.index[:, context:]), own, mask=mask
@@ -93,7 +95,7 @@ class OpeningDiT(DiT):
         text: Text,
         places: Rotation,
         memory: Memory | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockCausal | None = None,
     ) -> Tensor:
         """As `DiT.forward`; which frames open the shot is read from the memory's plan, or from where context ends."""
         if memory is not None:

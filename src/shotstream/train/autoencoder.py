@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from shotstream.checkpoints import read_model
+from shotstream.checkpoints import read_tensors
 from shotstream.config import Config
 from shotstream.data.batch import WHOLE, Share
 from shotstream.data.storybook import to_frames
@@ -25,6 +24,7 @@ from shotstream.fast import LINEAR
 from shotstream.models.patch_vae import STRIDE, PatchVAE
 from shotstream.storybook.draw import render_shot
 from shotstream.storybook.world import sample_world
+from shotstream.train import checkpoint
 from shotstream.train.draws import Draws
 from shotstream.train.network import Network
 from shotstream.train.processes import averaged
@@ -110,15 +110,17 @@ def psnr(vae: PatchVAE, frames: Tensor) -> float:
 
 
 def begin(vae: PatchVAE, path: Path) -> PatchVAE:
-    """Start from the decoder of a model file, where `vae` has layers of the same name and shape; the rest stay fresh.
-
-    Raises ValueError for another autoencoder altogether: one whose first layer is of another shape.
+    """Start from the decoder of a model file or of a stage's folder, where `vae` has layers of the same name and shape;
+    the rest stay fresh. Raises ValueError if already the first layer is of another shape.
     """
     mine = vae.state_dict()
-    given = {n.removeprefix("vae."): t for n, t in read_model(path)[2].items() if n.startswith("vae.")}
+    if path.suffix == ".safetensors":
+        given = {n.removeprefix("vae."): t for n, t in read_tensors(path).items() if n.startswith("vae.")}
+    else:
+        given = checkpoint.averaged_weights(path)
     fits = {n: t.float() for n, t in given.items() if n in mine and t.shape == mine[n].shape and n not in LINEAR}
     if "enter.weight" not in fits:
-        raise ValueError(f"{path}: its decoder reads other latents than one of {vae.config}")
+        raise ValueError(f"{path}: its decoder's first layer is not that of {vae.config}")
     vae.load_state_dict(fits, strict=False)
     return vae
 
@@ -129,10 +131,12 @@ def train(model: Config, cfg: AutoencoderConfig, runs: RunConfig, masters: Patch
     trained = Network(masters, runs)
     job = Job(runs, {"network": trained}, model=model, recipe=cfg)
     for draws in job.steps():
-        clips = batch(draws.rng, runs.batch, cfg.first_seed, draws.share, cfg.moving).to(runs.device)
-        value = loss(trained.compute, clips, draws, cfg)
-        value.backward()
-        job.tell(loss=value, norm=trained.step(job.scale))
-        if (job.step + 1) % runs.log_every == 0:
+        for part in draws.parts(runs.accumulate):
+            clips = batch(part.rng, runs.batch, cfg.first_seed, part.share, cfg.moving).to(runs.device)
+            value = loss(trained.compute, clips, part, cfg)
+            (value / runs.accumulate).backward()
+            job.tell(loss=value)
+        job.tell(norm=trained.step(job.scale))
+        if (job.step + 1) % runs.log_every == 0 or job.step + 1 == runs.steps:
             job.tell(psnr=psnr(trained.ema, held_out))
     return trained

@@ -12,6 +12,7 @@ import re
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -46,10 +47,15 @@ class File:
         """Give the parts their states; the step they are of, 0 without a checkpoint."""
         if not self.path.exists():
             return 0
-        state = torch.load(self.path, weights_only=True, map_location="cpu")
-        for name, part in parts.items():
-            if name in state:
-                part.load_state_dict(state[name])
+        state = _read(self.path)
+        try:
+            for name, part in parts.items():
+                if name in state:
+                    part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            remedy = f"take another --out, or delete {self.path.parent}"
+            raise ValueError(f"{self.path}: of other settings ({reason}); {remedy}") from None
         return int(state["step"])
 
     def write(self, parts: Parts, step: int) -> None:
@@ -65,7 +71,8 @@ class File:
         os.replace(unfinished, self.path)
 
     def finish(self) -> None:
-        """Wait until everything is on the disk: it is."""
+        """Wait until the leader has written: the next stage reads it."""
+        processes.meet()
 
 
 class Folder:
@@ -107,6 +114,28 @@ class Folder:
         processes.meet()
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What `File` wrote. Raises ValueError for anything else."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        return {"step": state["step"], **state}
+    except (RuntimeError, EOFError, KeyError, TypeError, UnpicklingError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened, which is another matter
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "it is empty"
+        raise ValueError(f"{path}: damaged ({reason}); delete {path.parent} to train this stage anew") from None
+
+
+def keeper(out: Path, sharded: bool) -> File | Folder:
+    """Where a run in folder `out` keeps its checkpoints. Raises ValueError if it began in the other form."""
+    begun = newest_folder(out / "checkpoints") is not None
+    if not sharded and begun:
+        raise ValueError(f"{out}: this stage began with runs.shard=true; go on so, or delete its folder")
+    if sharded and (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out}: this stage began with runs.shard=false; go on so, or delete its folder")
+    return Folder(out) if sharded else File(out)
+
+
 def newest_folder(root: Path) -> Path | None:
     """The last complete checkpoint in a folder of them: its table of contents is written at the end."""
     complete = [p for p in root.glob("*") if re.fullmatch(r"\d+", p.name) and (p / ".metadata").exists()]
@@ -136,7 +165,7 @@ def averaged_weights(out: Path, part: str = "network") -> dict[str, Tensor]:
     """
     path = out / "checkpoint.pt"
     if path.exists():
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = _read(path)
         if part not in state:
             raise ValueError(f"{path}: has no {part}")
         return state[part]["ema"]

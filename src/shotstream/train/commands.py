@@ -72,28 +72,32 @@ def export_model(
     from shotstream.train.recipe import export
 
     with one_line_errors():
+        if path.suffix != ".safetensors":
+            raise Failure(f"{path}: a model file's name ends in .safetensors", USAGE)
         recipe = _recipe(preset)
-        _checked(lambda: export(recipe, stage or recipe.student, out, path))
+        print(f"model: {_checked(lambda: export(recipe, stage or recipe.student, out, path))}")
 
 
 @train_app.command("dry-run")
 def dry_run(
     preset: Preset = "wan-1.3b",
-    layers: Annotated[int, typer.Option(help="Layers of the DiT; 0: all.")] = 0,
-    height: Annotated[int, typer.Option(help="Pixels; 0: the preset's.")] = 0,
-    width: Annotated[int, typer.Option(help="Pixels; 0: the preset's.")] = 0,
-    chunks: Annotated[int, typer.Option(help="Chunks of a shot; 0: the preset's.")] = 0,
+    layers: Annotated[int, typer.Option(min=0, help="Layers of the DiT; 0: all.")] = 0,
+    height: Annotated[int, typer.Option(min=0, help="Pixels; 0: the preset's.")] = 0,
+    width: Annotated[int, typer.Option(min=0, help="Pixels; 0: the preset's.")] = 0,
+    chunks: Annotated[int, typer.Option(min=0, help="Chunks of a shot; 0: the preset's.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples per process.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only_plan: Annotated[bool, typer.Option("--plan", help="Print the memory plan and stop.")] = False,
 ) -> None:
     """Two steps of every stage on noise, at real shapes: a memory plan, then what it took."""
+    from shotstream.film import find_device
     from shotstream.train import dry_run as rehearsal
     from shotstream.train import processes
 
     with one_line_errors():
         recipe = _recipe(preset)
         config = _checked(lambda: rehearsal.shrunk(recipe.config, layers, height, width, chunks))
+        device = device if only_plan else _checked(lambda: find_device(device))
         shards = processes.start(device).processes
         if processes.leads():
             print(f"{preset}: {rehearsal.text_of(config)}, {shards} processes, {batch} samples each; GiB per process")

@@ -45,7 +45,8 @@ class DMDConfig:
     critic_steps: int = 5  # then, critic updates per student update (5)
     critic_lr: float = 6e-4  # of Muon, as in RunConfig
     critic_lr_adam: float = 2e-4  # of AdamW
-    critic_optimizer: str = ""  # default: the student's
+    critic_optimizer: Literal["", "muon", "adamw"] = ""  # default: the student's
+    critic_clip: float = 0.0  # largest norm of its gradient; 0: the student's (10)
     critic_average: float = 0.0  # decay of the averaged critic that judges the student; 0: the critic as it is (0)
     guidance: float = 2.0  # of the teacher (4 in the usual convention)
     low: float = 0.02  # sigma of the comparison lies in here
@@ -189,6 +190,7 @@ class OwnHistory:
         self.stories, self.vae, self.size, self.cfg = stories, vae, size, cfg
         self.rule = ContextRule.of(dual_buffer(config))
         self.length = config.shot_frames()
+        self.latents = config.chunks * config.chunk
         self.shot = 0
         self.shots = 0
         self.rows: list[int] = []
@@ -201,7 +203,7 @@ class OwnHistory:
             self.rows = self.stories.pick_stories(draws.rng, self.size, self.shots)
         rows = [(story, self.shot) for story in self.rows]
         kept = self.shot > 0 and draws.rng.random() >= self.cfg.drop_context
-        batch = self.stories.gather(rows, draws.rng, context=kept, share=draws.share)
+        batch = self.stories.gather(rows, draws.rng, context=kept, frames=self.latents, share=draws.share)
         if not kept:
             return batch
         own = torch.stack([self.stills[pick] for pick in self.rule.picks((self.length,) * self.shot)], dim=1)
@@ -258,6 +260,7 @@ def train(
         lr=cfg.critic_lr,
         lr_adam=cfg.critic_lr_adam,
         ema=cfg.critic_average,
+        clip=cfg.critic_clip or runs.clip,
     )
     trio = Trio(network(student, runs), network(critic, critic_runs), frozen(teacher, runs))
     history = OwnHistory(stories, vae, model, runs.batch, cfg) if cfg.history == "own" and vae else None

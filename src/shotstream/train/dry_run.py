@@ -58,7 +58,7 @@ class NoiseStories:
         share: Share = WHOLE,
     ) -> Batch:
         samples = [self._sample(shot if context else 0, frames) for _, shot in share.of(list(rows))]
-        return collate(samples, self.rule, zeros=self.rule.zeros and frames is None)
+        return collate(samples, self.rule, zeros=self.rule.zeros and frames != 1)
 
     def _sample(self, shots: int, frames: int | None) -> Sample:
         config = self.config
@@ -115,7 +115,7 @@ def shrunk(config: Config, layers: int, height: int, width: int, chunks: int) ->
 def dry_run(recipe: Recipe, config: Config, device: str, batch: int, tell: Callable[[Step], None]) -> list[Step]:
     """Two steps of every stage that trains a DiT, with the settings of `recipe` and the sizes of `config`."""
     share = processes.start(device)
-    settings = {"device": device, "batch": batch * share.processes, "steps": 2, "log_every": 10**9}
+    settings = {"device": device, "batch": batch * share.processes, "steps": 2}
     settings["shard"] = share.processes > 1
     stories, found = NoiseStories(config), []
     for stage in recipe.stages:
@@ -195,7 +195,7 @@ def memory(stage: Stage, config: Config, shards: int, batch: int = 1) -> Memory:
         case DMDConfig():
             learners, learning, frozen = 2, total, 1
         case ODEConfig():
-            learners, learning, frozen = 1, total, 1
+            learners, learning, frozen = 1, total, int(stage.task.source == "guided")
         case _:
             learners, learning, frozen = 1, total, 0
     # master and average of everything; gradient and two moments of what learns; the teacher's float32 shards

@@ -13,7 +13,7 @@ from shotstream.config import Config
 from shotstream.data.batch import Batch, ContextRule, RuledBuffer
 from shotstream.flow import TIMESTEPS
 from shotstream.memory.policies.dual_buffer import DualBuffer
-from shotstream.models.attention import block_causal_mask
+from shotstream.models.attention import BlockCausal, block_causal
 from shotstream.models.dit import DiT, Text
 from shotstream.models.rope import Rotation, angles, tables
 from shotstream.models.text import Words
@@ -106,11 +106,11 @@ class Model(nn.Module):
             return torch.cat((sigma[:, :1].expand(-1, context), sigma), dim=1) * TIMESTEPS
         return after(context, sigma) * TIMESTEPS
 
-    def mask(self, context: int, latents: Tensor) -> Tensor:
+    def mask(self, context: int, latents: Tensor) -> BlockCausal:
         """The student's block-causal mask over [context | target chunks], for latents `b f c h w`."""
-        tags = [0] * context + [1 + i // self.config.chunk for i in range(latents.shape[1] - context)]
         height, width = (n // self.dit.config.patch for n in latents.shape[-2:])
-        return block_causal_mask(tags, height * width, self.dit.device)
+        chunks = (latents.shape[1] - context) // self.config.chunk
+        return block_causal(context, chunks, self.config.chunk, height * width)
 
     def tune(self, what: str) -> None:
         """Choose what learns: "all", or "attention": the DiT's self-attention. What is frozen already stays so."""

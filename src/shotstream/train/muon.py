@@ -1,6 +1,6 @@
 """Muon (Jordan et al. 2024): momentum whose singular values are made about equal before it moves a matrix.
 
-The update of `torch.optim.Muon`, but computed in float32, and for all matrices of a shape at once: torch rounds to bf16,
+The update of `torch.optim.Muon`, in float32, and for all matrices of a shape at once: torch rounds to bf16,
 which a processor without bf16 units has to imitate, for half of the time of a training step (docs/LOG.md).
 """
 
@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon moves matrices, not parameters of shape {list(matrix.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Apply the gradients."""
         for group in self.param_groups:
             learning = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)

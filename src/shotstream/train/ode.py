@@ -17,6 +17,7 @@ import os
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -26,6 +27,7 @@ from torch import Tensor
 from shotstream.config import Config
 from shotstream.data.batch import Batch, Kind, Source
 from shotstream.flow import TIMESTEPS, add_noise, euler_sigmas, guide, to_x0
+from shotstream.models.attention import BlockCausal
 from shotstream.models.dit import Text
 from shotstream.models.rope import Rotation
 from shotstream.train import processes
@@ -40,7 +42,7 @@ from shotstream.train.teacher import drop_text, trajectory
 class ODEConfig:
     """What is special to this recipe."""
 
-    source: str = "pairs"  # "pairs" (the teacher's trajectories), "data" or "guided"
+    source: Literal["pairs", "data", "guided"] = "pairs"  # pairs: the teacher's trajectories
     pairs: str = ""  # folder of pairs
     first_shots: float = 0.25  # share of batches without context
     euler_steps: int = 12  # of the teacher; a multiple of the student's number of steps
@@ -49,9 +51,15 @@ class ODEConfig:
 
 
 def states_of(model: Model, batch: Batch, config: Config, cfg: ODEConfig) -> Tensor:
-    """The teacher's way from noise to the target, at the student's levels and at the end: `b levels+1 f c h w`."""
-    sigmas = euler_sigmas(cfg.euler_steps, config.schedule.shift)
-    wanted = [int((sigmas - s).abs().argmin()) for s in config.schedule.sigmas()]
+    """The teacher's way from noise to the target, at the student's levels and at the end: `b levels+1 f c h w`.
+
+    Raises ValueError if its steps do not visit those levels.
+    """
+    sigmas, levels = euler_sigmas(cfg.euler_steps, config.schedule.shift), torch.tensor(config.schedule.sigmas())
+    wanted = [int((sigmas - level).abs().argmin()) for level in levels]
+    if not torch.allclose(sigmas[wanted].float(), levels, atol=1e-3):
+        told = ", ".join(f"{float(level):.3f}" for level in levels)
+        raise ValueError(f"euler_steps={cfg.euler_steps}: the teacher must visit the student's levels {told}")
     states = trajectory(model, batch, sigmas, cfg.guidance)
     return torch.stack([x for i, x in enumerate(states) if i in (*wanted, len(sigmas) - 1)], dim=1)
 
@@ -81,34 +89,36 @@ def write_pairs(
         metadata = {"zeros": str(batch.zeros)}
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, unfinished, metadata)
         os.replace(unfinished, path)
+        print(f"{path.name}: {number + 1} of {shards}", flush=True)
+    processes.meet()
 
 
 class Pairs:
-    """The pairs in a folder. A batch has one number of context frames, so files are told apart by it."""
+    """The pairs in a folder. The samples of a batch have one shape, so files are told apart by it."""
 
     def __init__(self, folder: Path) -> None:
         self.paths = sorted(folder.glob("pairs-*.safetensors"))
         if not self.paths:
             raise FileNotFoundError(f"{folder}: no pairs; write them with `shotstream train stage pairs`")
         shapes = [_shapes(path) for path in self.paths]
-        self.context = [context for _, context in shapes]
+        self.shapes = [shape for _, shape in shapes]
         self.size = min(count for count, _ in shapes)  # pairs per file
 
     def batch(self, draws: Draws, size: int) -> tuple[Batch, Tensor]:
         """About `size` pairs, whole files of them; this process's share."""
-        context = self.context[int(draws.rng.integers(len(self.paths)))]
-        alike = [path for path, c in zip(self.paths, self.context, strict=True) if c == context]
+        shape = self.shapes[int(draws.rng.integers(len(self.paths)))]
+        alike = [path for path, s in zip(self.paths, self.shapes, strict=True) if s == shape]
         files = [alike[i] for i in draws.rng.integers(len(alike), size=max(1, size // self.size))]
         rows = draws.share.of([(n, row) for n in range(len(files)) for row in range(self.size)])
         parts = [read_pairs(files[n], [row for m, row in rows if m == n]) for n in sorted({n for n, _ in rows})]
         return joined([batch for batch, _ in parts]), torch.cat([states for _, states in parts])
 
 
-def _shapes(path: Path) -> tuple[int, int]:
-    """Pairs in a file, and context frames of each."""
+def _shapes(path: Path) -> tuple[int, tuple[int, int]]:
+    """Pairs in a file, and latent frames of each: of the context, and of the target."""
     with safe_open(path, "pt") as file:
         count, context = file.get_slice("latents").get_shape()[:2]
-        return count, context
+        return count, (context, file.get_slice("states").get_shape()[2])
 
 
 def read_pairs(path: Path, rows: list[int] | None = None) -> tuple[Batch, Tensor]:
@@ -158,7 +168,7 @@ class Task:
     sigmas: Tensor  # b f
     text: Text
     places: Rotation
-    mask: Tensor
+    mask: BlockCausal
     clean: Tensor  # the target's clean end
 
     def x0(self, model: Model, text: Text | None = None) -> Tensor:
@@ -201,9 +211,9 @@ def train(
 ) -> Network[Model]:
     """Train until `runs.steps`; resumes from `runs.out`."""
     masters.text.requires_grad_(False)  # trained with the teacher; frozen from here on
-    teacher = copy.deepcopy(masters)
+    teacher = copy.deepcopy(masters) if cfg.source == "guided" else None
     trained = network(masters, runs)
-    teacher = frozen(teacher, runs)
+    teacher = frozen(teacher, runs) if teacher else None
     pairs = Pairs(Path(cfg.pairs)) if cfg.source == "pairs" else None
     job = Job(runs, {"network": trained}, sheet, model=model, recipe=cfg)
     for draws in job.steps():
@@ -212,7 +222,7 @@ def train(
             batch, states = batch.to(runs.device), states.to(runs.device)
             words = drop_text(part, trained.compute, batch.words, batch.index, cfg.drop_text)
             shown = task(trained.compute, batch, states, part, words)
-            target = guided(teacher, batch, shown, cfg.guidance) if cfg.source == "guided" else shown.clean
+            target = guided(teacher, batch, shown, cfg.guidance) if teacher else shown.clean
             value = loss(trained.compute, shown, target)
             (value / runs.accumulate).backward()
             job.tell(loss=value)

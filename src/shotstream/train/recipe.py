@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shotstream import checkpoints, fast
-from shotstream.checkpoints import read_model, write_model
+from shotstream.checkpoints import read_tensors, write_model
 from shotstream.config import PRESETS, Config, PatchVAEConfig, WanVAEConfig, WordsConfig, override
 from shotstream.data.batch import Batch, ContextRule, Kind
 from shotstream.data.latents import Clips, null_states
 from shotstream.data.storybook import Stories, fit_vae, write_shards
+from shotstream.film import find_device
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.models.vae import VAE as WanVAE
 from shotstream.models.vae import VAEConfig
@@ -39,6 +41,7 @@ from shotstream.train.run import RunConfig, Sheet
 from shotstream.train.sheets import Sample, Sheets
 from shotstream.train.teacher import TeacherConfig
 
+LINEAR_FILE = "vae-linear.safetensors"  # the encoder of all stages of a folder
 TINY = "tiny-decoder"  # the stage that makes fast mode's decoder; `fast` reads it from a file beside the model's
 
 
@@ -86,6 +89,12 @@ class Recipe:
     def overridden(self, overrides: Sequence[str]) -> Recipe:
         """The same recipe with `next.runs.steps=400` in one stage, or `runs.batch=16` in all; strict."""
         names = {stage.name for stage in self.stages}
+        for text in overrides:
+            first = text.partition("=")[0].partition(".")[0]
+            if first not in names | {"task", "runs", "init", "name"}:
+                raise ValueError(
+                    f"{text}: no stage or group {first!r}; stages: {', '.join(s.name for s in self.stages)}"
+                )
 
         def own(stage: Stage) -> list[str]:
             named = [text.removeprefix(f"{stage.name}.") for text in overrides if text.startswith(f"{stage.name}.")]
@@ -121,7 +130,9 @@ def _runs(steps: int, batch: int, lr: float = 3e-3, **more: float | int | str) -
     return RunConfig(steps=steps, batch=batch, lr=lr, lr_adam=lr / 3, dtype="float32", **more)  # type: ignore[arg-type]
 
 
-def _storybook(config: Config, scale: float, batch: int, data: DataConfig, source: str, student: str) -> Recipe:
+def _storybook(
+    config: Config, scale: float, batch: int, data: DataConfig, source: Literal["pairs", "guided"], student: str
+) -> Recipe:
     def steps(count: int) -> int:
         return max(4, round(count * scale))
 
@@ -199,6 +210,7 @@ def _wan(config: Config) -> Recipe:
             drop_context=drop,
             critic_steps=5,
             critic_lr_adam=4e-7,
+            critic_clip=10.0,
             guidance=4.0,
             shift=config.schedule.shift,
             sigma_floor=0.0,
@@ -245,45 +257,56 @@ def run_all(recipe: Recipe, root: Path, overrides: list[str]) -> Path:
     recipe = recipe.overridden(overrides)
     for stage in recipe.needed():
         run_stage(recipe, stage.name, root, [])
-    return export(recipe, recipe.student, root, root / f"{recipe.config.name}.safetensors")
+    path = root / f"{recipe.config.name}.safetensors"
+    if processes.leads():
+        export(recipe, recipe.student, root, path)
+    return path
 
 
 def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> None:
     """Run or resume one stage. `overrides`: `task.field=value`, `runs.field=value` or `init=...`, strict."""
-    stage = override(recipe.stage(name), overrides)
+    stage = override(recipe.stage(name), [text.removeprefix(f"{name}.") for text in overrides])
     out = root / name
-    runs = dataclasses.replace(stage.runs, out=str(out))
+    if stage.init and not {"/", "."} & set(stage.init) and not (root / stage.init).exists():
+        recipe.stage(stage.init)  # a file that is missing names itself, a stage that was not trained too
+    runs = dataclasses.replace(stage.runs, out=str(out), device=find_device(stage.runs.device))
     processes.keep_freed_memory()
     processes.start(runs.device, runs.backend)
     if processes.leads():
         print(f"stage {name} -> {out}", flush=True)
     if isinstance(stage.task, DataConfig):
-        _make_data(recipe, stage.task, root)
+        _make_data(recipe, stage.task, root, root / stage.init if stage.init else None)
         return
     if isinstance(stage.task, AutoencoderConfig):
-        vae = _fitted(recipe, root, stage.task.tiny)
-        vae = autoencoder.begin(vae, root / stage.init) if stage.init else vae
-        autoencoder.train(recipe.config, stage.task, runs, vae)
+        fitted = _fitted(recipe, root, stage.task.tiny)
+        begun = autoencoder.begin(fitted, root / stage.init) if stage.init else fitted
+        autoencoder.train(recipe.config, stage.task, runs, begun)
         return
     model = fresh(recipe, runs.seed, root)
     if stage.init:
-        load_weights(model, root / stage.init, deepen=True)
+        origin = root / stage.init
+        if recipe.is_storybook and origin.suffix == ".safetensors":
+            _check_latents(origin, root)
+        load_weights(model, origin, deepen=True)
     stories, config = source(recipe, root), recipe.config
 
     def sheets(sample: Sample, kind: Kind) -> Sheet | None:
         vae = _vae(recipe, root, runs.device, trained=False)
-        return Sheets(out, vae, stories, sample, kind).write if vae else None
+        return Sheets(out, vae, stories, sample, kind, device=runs.device).write if vae else None
 
     def roll(student: Model, batch: Batch) -> Tensor:
         return dmd.rollout(student, batch, FreshNoise(Draws(1)), None)
 
     match stage.task:
         case TeacherConfig():
-            sheet = sheets(teacher.sample, stage.task.kind)
+            guidance = next(s.task.ode.guidance for s in recipe.stages if isinstance(s.task, PairsConfig))
+            sample = partial(teacher.sample, shift=config.schedule.shift, guidance=guidance)
+            sheet = sheets(sample, stage.task.kind)
             teacher.train(config, stage.task, runs, stories, model, sheet)
         case PairsConfig():
             model = model.to(runs.device, getattr(torch, runs.dtype)).requires_grad_(False)
-            ode.write_pairs(out, model, stories, config, stage.task.ode, stage.task.shards, stage.task.size)
+            shards, size = stage.task.shards, stage.task.size
+            ode.write_pairs(out, model, stories, config, stage.task.ode, shards, size, runs.seed)
         case ODEConfig():
             pairs = stage.task.pairs or str(root / "pairs")
             task = dataclasses.replace(stage.task, pairs=pairs)
@@ -323,7 +346,7 @@ def load_weights(model: Model, origin: Path, part: str = "network", deepen: bool
     `deepen`: a network with fewer blocks will do (`deepened`).
     """
     if origin.suffix == ".safetensors" and isinstance(model.config.vae, PatchVAEConfig):
-        tensors = read_model(origin)[2]
+        tensors = read_tensors(origin)
         state = {n: t.float() for n, t in tensors.items() if n.startswith(("dit.", "text."))}
     elif origin.suffix in (".safetensors", ".pt", ".pth"):
         weights = checkpoints.recognise([origin], [checkpoints.dit_network(model.config.dit)])
@@ -333,7 +356,10 @@ def load_weights(model: Model, origin: Path, part: str = "network", deepen: bool
     state = lora.merged(state) if lora.has_adapters(state) else state
     state = deepened(state, model.config.dit.layers) if deepen else state
     own = {"dit.beside.weight", "dit.opening"} & model.state_dict().keys()
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a tensor of another shape
+        raise ValueError(f"{origin}: not a model of this preset: {str(error).splitlines()[-1].strip()}") from None
     if set(missing) - own or unexpected:
         raise ValueError(f"{origin}: not a model of this preset: missing {missing[:3]}, unexpected {unexpected[:3]}")
     return model
@@ -369,6 +395,7 @@ def export(recipe: Recipe, name: str, root: Path, out: Path) -> Path:
     adapters, in peft's format, in a folder beside it. Of stage `TINY` the decoder alone: as `fast.beside(model file)`
     it serves that model's fast mode.
     """
+    recipe.stage(name)
     stages = {s.name: dataclasses.asdict(s) for s in recipe.stages}
     if name == TINY:
         fast.write_decoder(out, trained_vae(recipe, root, tiny=True), {"stage": name, "recipe": stages[name]})
@@ -393,19 +420,48 @@ def export(recipe: Recipe, name: str, root: Path, out: Path) -> Path:
     return out
 
 
-def _make_data(recipe: Recipe, task: DataConfig, root: Path) -> None:
-    path = root / "vae-linear.safetensors"
-    vae = build(recipe.config)[1]
-    if not path.exists():
+def _make_data(recipe: Recipe, task: DataConfig, root: Path, origin: Path | None) -> None:
+    """The encoder, fitted or that of the model file `origin`, and the shards; processes share those."""
+    path = root / LINEAR_FILE
+    if processes.leads() and not path.exists():
         root.mkdir(parents=True, exist_ok=True)
-        fit_vae(vae, task.fit)
-        save_file({n: t for n, t in vae.state_dict().items() if n in fast.LINEAR}, path)
-    write_shards(root / "data", _fitted(recipe, root), task.stories, "train", workers=task.workers)
+        unfinished = path.with_suffix(".tmp")
+        save_file(_encoder_of(origin) if origin else _fit(recipe, task), unfinished)
+        unfinished.rename(path)
+    processes.meet()
+    vae = _fitted(recipe, root)
+    write_shards(root / "data", vae, task.stories, "train", workers=task.workers, share=processes.share())
+    processes.meet()
+
+
+def _fit(recipe: Recipe, task: DataConfig) -> dict[str, Tensor]:
+    vae = build(recipe.config)[1]
+    assert isinstance(vae, PatchVAE)
+    fit_vae(vae, task.fit)
+    return {name: tensor for name, tensor in vae.state_dict().items() if name in fast.LINEAR}
+
+
+def _encoder_of(path: Path) -> dict[str, Tensor]:
+    """The linear part of a model file's autoencoder."""
+    tensors = read_tensors(path)
+    return {name: tensors[f"vae.{name}"].float() for name in fast.LINEAR}
+
+
+def _check_latents(origin: Path, root: Path) -> None:
+    """Raises ValueError if the model file `origin` was trained on other latents than those of `root`.
+
+    Signs of principal components are a matter of the processor: the same command elsewhere may give others.
+    """
+    mine = load_file(root / LINEAR_FILE)
+    theirs = _encoder_of(origin)
+    if any(not torch.equal(mine[name].bfloat16(), theirs[name].bfloat16()) for name in fast.LINEAR):
+        remedy = f"make them with its encoder: `shotstream train stage data ... --set init={origin.resolve()}`"
+        raise ValueError(f"{origin}: its latents are not those of {root / 'data'}; {remedy}, in a new folder")
 
 
 def _fitted(recipe: Recipe, root: Path, tiny: bool = False) -> PatchVAE:
     """The autoencoder with its linear part fitted and an untrained decoder, on request the tiny one of fast mode."""
-    path = root / "vae-linear.safetensors"
+    path = root / LINEAR_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path}: run stage 'data' first")
     torch.manual_seed(0)
@@ -419,7 +475,8 @@ def _vae(recipe: Recipe, root: Path, device: str, trained: bool = True) -> VAE |
     if isinstance(recipe.config.vae, WanVAEConfig):
         return _wan_vae(recipe.config.vae, root, device, trained)
     ready = (root / "autoencoder" / "checkpoint.pt").exists()
-    return trained_vae(recipe, root) if trained or ready else _fitted(recipe, root)
+    vae = trained_vae(recipe, root) if trained or ready else _fitted(recipe, root)
+    return vae.to(device).requires_grad_(False).eval()
 
 
 def _wan_vae(config: WanVAEConfig, root: Path, device: str, needed: bool) -> WanVAE | None:

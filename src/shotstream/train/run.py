@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -54,16 +54,22 @@ class RunConfig:
     save_every: float = 180.0  # seconds
     log_every: int = 20
     sheet_every: int = 100  # steps
-    dtype: str = "bfloat16"  # of the copy that computes
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the copy that computes
     device: str = "cpu"
     backend: str = ""  # of torch.distributed; default: gloo on the CPU, nccl on CUDA
-    optimizer: str = "muon"  # "muon" (with AdamW for what is no matrix) or "adamw"
+    optimizer: Literal["muon", "adamw"] = "muon"  # "muon": with AdamW for what is no matrix
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.99
     weight_decay: float = 0.0
     shard: bool = False  # spread every network over the processes (FSDP2)
     checkpointing: bool = False  # compute a block's activations again on the way back instead of keeping them
     tensorboard: bool = False  # also write curves for TensorBoard
+
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "batch": 1, "accumulate": 1, "log_every": 1, "sheet_every": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"runs.{name}={getattr(self, name)}: must be at least {smallest}")
 
 
 def learning_scale(step: int, config: RunConfig) -> float:
@@ -85,12 +91,20 @@ class Job:
         self.config, self.parts, self.sheet = config, parts, sheet
         self.out = Path(config.out)
         self.share = processes.start(config.device, config.backend)
-        self.checkpoint = checkpoint.Folder(self.out) if config.shard else checkpoint.File(self.out)
+        self.checkpoint = checkpoint.keeper(self.out, config.shard)
         self.log = Log(self.out, processes.leads(), config.tensorboard)
         self.pace = Pace(config)
         self.step = self.checkpoint.read(parts)
+        if self.step and processes.leads():
+            done = "has all its steps already" if self.step >= config.steps else f"goes on after step {self.step}"
+            print(f"{self.out.name} {done}", flush=True)
         if processes.leads():
             write_config(self.out, **settings, run=config)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the step just made is one that is logged: every so many, and the last."""
+        return self.step % self.config.log_every == 0 or self.step == self.config.steps
 
     @property
     def scale(self) -> float:
@@ -108,7 +122,7 @@ class Job:
             yield Draws(self.config.seed, self.step, self.share)
             self.step += 1
             self.pace.steps += 1
-            if self.step % self.config.log_every == 0:
+            if self.tells:
                 self.log.write(self.step, **_averaged(self.pace.read(self.step)))
             if self.sheet and self.step % self.config.sheet_every == 0:
                 network: Network[Any] = next(iter(self.parts.values()))

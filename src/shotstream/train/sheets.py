@@ -25,7 +25,11 @@ COLUMNS = 4
 class Sheets:
     """Writes `<out>/sheets/<step>.png`: context (if any) left, generated frames right."""
 
-    def __init__(self, out: Path, vae: VAE, stories: Source, sample: Sample, kind: Kind, rows: int = 6) -> None:
+    def __init__(
+        self, out: Path, vae: VAE, stories: Source, sample: Sample, kind: Kind, rows: int = 6, device: str = "cpu"
+    ) -> None:
+        """`device`: where `vae` is."""
+        self.device = device
         self.folder = out / "sheets"
         self.vae, self.sample = vae, sample
         history = 1 if kind == "next" else None  # a rollout's samples have one number of shots before them
@@ -52,5 +56,5 @@ class Sheets:
         return [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames)))]
 
     def _frames(self, latents: Tensor) -> np.ndarray:
-        frames, _ = self.vae.decode(latents[None])
-        return to_uint8(frames[0].clamp(-1, 1))
+        frames, _ = self.vae.decode(latents[None].to(self.device))
+        return to_uint8(frames[0].clamp(-1, 1).cpu())

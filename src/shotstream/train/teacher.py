@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,9 +33,9 @@ class TeacherConfig:
     kind: Kind = "next"
     first_shots: float = 0.25  # share of "next" batches without context: first shots, and dropped context
     drop_text: float = 0.1
-    tune: str = "all"  # "all", or "attention": self-attention alone, as in the paper from a text-to-video base
+    tune: Literal["all", "attention"] = "all"  # attention: self-attention alone, as in the paper from a video base
     compile: bool = False  # torch.compile each block: faster after a minute
-    levels: str = "normal"  # sigma = sigmoid(normal(mean, deviation)), or the released "grid" and its weights
+    levels: Literal["normal", "grid"] = "normal"  # sigmoid(normal(mean, deviation)), or the released grid and weights
     sigma_mean: float = 0.6
     sigma_deviation: float = 1.1
     sigma_floor: float = 0.3  # below it an x0 head is not asked for ever finer detail: weight (sigma / floor)^2
@@ -91,7 +92,8 @@ def loss(model: Model, batch: Batch, draws: Draws, cfg: TeacherConfig) -> Tensor
     error = (velocity - (noise - clean))[:, context:].float().square().mean(2)
     cast = 1 + cfg.cast_weight * (batch.coverage > 0)
     weight = weight[:, :, None, None]
-    return (error * cast * weight).sum() / averaged((cast * (weight > 0)).sum())
+    told = averaged((cast * (weight > 0)).sum()).clamp(min=1)  # the grid's first level weighs nothing
+    return (error * cast * weight).sum() / told
 
 
 def train(
