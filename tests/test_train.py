@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from shotstream.checkpoints import read_model, write_model
 from shotstream.config import PatchVAEConfig
-from shotstream.data.batch import ContextRule, Sample, collate
+from shotstream.data.batch import ContextRule, Kind, Sample, collate
 from shotstream.data.storybook import Stories, fit_vae, write_shards
 from shotstream.flow import TIMESTEPS
 from shotstream.memory.policies.dual_buffer import context_picks
@@ -33,7 +34,7 @@ from shotstream.train.draws import Draws
 from shotstream.train.model import Model
 from shotstream.train.network import Network
 from shotstream.train.ode import ODEConfig
-from shotstream.train.recipe import RECIPES, fresh, load_weights, run_all, run_stage
+from shotstream.train.recipe import RECIPES, fresh, load_weights, run_all, run_stage, source
 from shotstream.train.run import RunConfig
 from shotstream.train.teacher import TeacherConfig
 
@@ -336,11 +337,65 @@ def test_a_wrong_setting_or_missing_stage_is_named(tmp_path: Path) -> None:
         run_stage(RECIPE, "nothing", tmp_path, [])
 
 
-def test_the_smoke_recipe_goes_from_nothing_to_a_model_that_generates(tmp_path: Path) -> None:
-    path = run_all(RECIPE, tmp_path, [])
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the whole smoke recipe."""
+    root = tmp_path_factory.mktemp("smoke")
+    run_all(RECIPE, root, [])
+    return root
+
+
+def matching_losses(smoke: Path, stage: str) -> tuple[list[float], list[float]]:
+    """The critic's loss on the shots of this stage's student, and the student's on data, before and after the stage."""
+    recipe, stories = RECIPE.stage(stage), source(RECIPE, smoke)
+    assert isinstance(recipe.task, DMDConfig)
+    student, before = (load_weights(fresh(RECIPE, 0), smoke / name) for name in (stage, recipe.init))
+    critics = [load_weights(fresh(RECIPE, 0), smoke / "next"), load_weights(fresh(RECIPE, 0), smoke / stage, "critic")]
+    critical, anchored = [0.0, 0.0], [0.0, 0.0]
+    for number in range(3):
+        draws = Draws(7, number)
+        batch = dmd.from_data(stories, draws, 8, recipe.task)
+        x = rollout(student, batch, FreshNoise(draws), None, recipe.task)
+        for i, critic in enumerate(critics):
+            trio = SimpleNamespace(critic=SimpleNamespace(compute=critic))
+            critical[i] += float(dmd.critic_loss(trio, batch, x, Draws(8, number), recipe.task))  # type: ignore[arg-type]
+        for i, network in enumerate((before, student)):
+            anchored[i] += float(dmd.anchor_loss(network, stories, Draws(9, number), 8, recipe.task))
+    return critical, anchored
+
+
+@torch.no_grad()
+def test_every_stage_of_the_smoke_recipe_lowers_its_loss(smoke: Path) -> None:
+    """On the same samples with the same noise, with the averaged weights of the stage before and of the stage."""
+    stories = source(RECIPE, smoke)
+    told = [json.loads(line) for line in (smoke / "autoencoder" / "log.jsonl").read_text().splitlines()]
+    assert told[-1]["loss"] < 0.8 * told[0]["loss"]
+
+    def loss_of(model: Model, kind: Kind, cfg: TeacherConfig) -> float:
+        batches = [(Draws(7, i), stories.batch(Draws(7, i).rng, 16, kind)) for i in range(3)]
+        return float(np.mean([float(teacher.loss(model, batch, draws, cfg)) for draws, batch in batches]))
+
+    for stage in (RECIPE.stage(name) for name in ("image", "shot", "next")):
+        assert isinstance(stage.task, TeacherConfig)
+        before = load_weights(fresh(RECIPE, 0), smoke / stage.init) if stage.init else fresh(RECIPE, 0)
+        after = load_weights(fresh(RECIPE, 0), smoke / stage.name)
+        values = [loss_of(model, stage.task.kind, stage.task) for model in (before, after)]
+        assert values[1] < 0.99 * values[0], stage.name
+    before, after = (load_weights(fresh(RECIPE, 0), smoke / name) for name in ("next", "ode"))
+    batch, states = ode.read_pairs(smoke / "pairs" / "pairs-00000.safetensors")
+    tasks = [ode.task(model, batch, states, Draws(7)) for model in (before, after)]
+    values = [float(ode.loss(m, task, task.clean)) for m, task in zip((before, after), tasks, strict=True)]
+    assert values[1] < 0.9 * values[0]
+    for name in ("stage1", "stage2"):
+        critic, anchor = matching_losses(smoke, name)
+        assert critic[1] < 0.99 * critic[0] and anchor[1] < 1.02 * anchor[0], name
+
+
+def test_the_smoke_recipe_goes_from_nothing_to_a_model_that_generates(smoke: Path) -> None:
+    path = smoke / f"{RECIPE.config.name}.safetensors"
     for stage in ("autoencoder", "image", "shot", "next", "ode", "stage1", "stage2"):
-        assert (tmp_path / stage / "checkpoint.pt").exists() and (tmp_path / stage / "config.json").exists()
-    trained, read = load_weights(fresh(RECIPE, 1), tmp_path / "stage2"), load_weights(fresh(RECIPE, 2), path)
+        assert (smoke / stage / "checkpoint.pt").exists() and (smoke / stage / "config.json").exists()
+    trained, read = load_weights(fresh(RECIPE, 1), smoke / "stage2"), load_weights(fresh(RECIPE, 2), path)
     assert same_weights(trained.bfloat16(), read.bfloat16())
     pipeline = load(path)
     session = Session(pipeline, seed=1)
@@ -348,5 +403,5 @@ def test_the_smoke_recipe_goes_from_nothing_to_a_model_that_generates(tmp_path: 
     frames = np.concatenate([chunk.frames for chunk in session.stream()])
     assert frames.shape == (SHOT_FRAMES, CONFIG.height, CONFIG.width, 3)
     _, _, before, _ = read_model(path)
-    _, _, after, _ = read_model(run_all(RECIPE, tmp_path, []))  # everything is finished: nothing changes
+    _, _, after, _ = read_model(run_all(RECIPE, smoke, []))  # everything is finished: nothing changes
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -289,6 +289,7 @@ class DiT(nn.Module):
         return Level(timesteps, tuple(blocks), self.head.level(told.head))
 
     def _told(self, timesteps: Tensor) -> Level:
+        assert timesteps.dtype.itemsize >= 4, f"timesteps in {timesteps.dtype}: rounded, they are other noise levels"
         time = self.time_embedding(sinusoid(timesteps, self.config.freq_dim).to(self.dtype))
         time6 = self.time_projection(time).unflatten(-1, (6, -1))
         return Level(timesteps, (time6,) * self.config.layers, time)

@@ -134,7 +134,7 @@ def _storybook(
     config: Config, scale: float, batch: int, data: DataConfig, source: Literal["pairs", "guided"], student: str
 ) -> Recipe:
     def steps(count: int) -> int:
-        return max(4, round(count * scale))
+        return max(16, round(count * scale))
 
     # What text and memory decide is decided near sigma 1: flat colours stay legible below (docs/LOG.md). Half of the
     # batches are a student's already: it needs no trajectories.
@@ -159,7 +159,7 @@ def _storybook(
     own = dataclasses.replace(matching, history="own", critic="stage", critic_first=round(15 * scale))
 
     def slow(count: int) -> RunConfig:
-        few = _runs(steps(count), batch // 2, warmup=10, ema=0.95)
+        few = _runs(max(24, steps(count)), batch // 2, warmup=10, ema=0.95)
         return dataclasses.replace(few, optimizer="adamw", lr_adam=1e-5)
 
     start = "ode" if source == "pairs" else "next"
