@@ -180,7 +180,7 @@ _STORYBOOK = Config(
     prompt="{global_caption} {caption}",
     chunks=2,
     dit=DiTConfig(
-        dim=192, ffn_dim=768, heads=3, layers=9, text_dim=192, channels=48, patch=2, prediction="x0", absolute=True
+        dim=192, ffn_dim=768, heads=3, layers=6, text_dim=192, channels=48, patch=2, prediction="x0", absolute=True
     ),
     vae=PatchVAEConfig(),
     text=WordsConfig(dim=192, heads=3),
