@@ -184,3 +184,18 @@ def test_memory_that_was_freed_is_not_asked_for_again(work: str) -> None:
         return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
     assert faults(keep + work) < 0.1 * faults(work)
+
+
+def test_two_processes_go_through_a_whole_recipe(tmp_path: Path) -> None:
+    """Every stage reads what the leader has written of the one before; what they can, they share."""
+    few = ["runs.steps=2", "runs.batch=2", "data.task.stories=128", "data.task.fit=8", "pairs.task.shards=2"]
+    arguments = ["train", "all", "--preset", "storybook-smoke", "--out", str(tmp_path)]
+    for assignment in few:
+        arguments += ["--set", assignment]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "shotstream"]
+    done = subprocess.run([*run, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "data").glob("*"))) == 2 and len(list((tmp_path / "pairs").glob("*"))) == 2
+    assert (tmp_path / "storybook-smoke.safetensors").exists()
+    for stage in ("image", "shot", "next", "ode", "stage1", "stage2"):
+        assert torch.load(tmp_path / stage / "checkpoint.pt", weights_only=True)["step"] == 2
