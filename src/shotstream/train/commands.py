@@ -90,14 +90,13 @@ def dry_run(
     only_plan: Annotated[bool, typer.Option("--plan", help="Print the memory plan and stop.")] = False,
 ) -> None:
     """Two steps of every stage on noise, at real shapes: a memory plan, then what it took."""
-    from shotstream.film import find_device
     from shotstream.train import dry_run as rehearsal
     from shotstream.train import processes
 
     with one_line_errors():
         recipe = _recipe(preset)
         config = _checked(lambda: rehearsal.shrunk(recipe.config, layers, height, width, chunks))
-        device = device if only_plan else _checked(lambda: find_device(device))
+        device = device if only_plan else _checked(lambda: processes.device(device))
         shards = processes.start(device).processes
         if processes.leads():
             print(f"{preset}: {rehearsal.text_of(config)}, {shards} processes, {batch} samples each; GiB per process")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shotstream.data.batch import WHOLE, Share
+from shotstream.film import find_device
 
 
 def start(device: str = "cpu", backend: str = "") -> Share:
@@ -27,6 +28,14 @@ def start(device: str = "cpu", backend: str = "") -> Share:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend or ("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"))
     return share()
+
+
+def device(name: str) -> str:
+    """A device that computes; "auto" is a GPU if there is one. Raises DeviceError, a ValueError.
+
+    Where there are GPUs none is tried: that would be the first one, from every process.
+    """
+    return name if name == "cuda" and torch.cuda.is_available() else find_device(name)
 
 
 KEPT = 1 << 30  # bytes: blocks up to this size stay with the process when they are freed

@@ -25,7 +25,6 @@ from shotstream.config import PRESETS, Config, PatchVAEConfig, WanVAEConfig, Wor
 from shotstream.data.batch import Batch, ContextRule, Kind
 from shotstream.data.latents import Clips, null_states
 from shotstream.data.storybook import Stories, fit_vae, write_shards
-from shotstream.film import find_device
 from shotstream.models.patch_vae import PatchVAE
 from shotstream.models.vae import VAE as WanVAE
 from shotstream.models.vae import VAEConfig
@@ -269,7 +268,7 @@ def run_stage(recipe: Recipe, name: str, root: Path, overrides: list[str]) -> No
     out = root / name
     if stage.init and not {"/", "."} & set(stage.init) and not (root / stage.init).exists():
         recipe.stage(stage.init)  # a file that is missing names itself, a stage that was not trained too
-    runs = dataclasses.replace(stage.runs, out=str(out), device=find_device(stage.runs.device))
+    runs = dataclasses.replace(stage.runs, out=str(out), device=processes.device(stage.runs.device))
     processes.keep_freed_memory()
     processes.start(runs.device, runs.backend)
     if processes.leads():
