@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
     """Ask the C library, where it is glibc, not to give freed blocks back to the kernel; child processes too.
 
     A step frees and asks for the same large blocks again and again, and the kernel clears every page it gives: drawing
-    the data took four times as long, a step of the network a fifth longer (docs/LOG.md).
+    the data took four times as long, a step of the network a tenth longer (docs/LOG.md).
     """
     if sys.platform != "linux":
         return
